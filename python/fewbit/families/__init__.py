@@ -1,0 +1,121 @@
+"""Where norms and linears sit in each model family, as data; no method knows a model by name.
+
+One file per family holds a ``FAMILY`` (or several). ``describe(model)`` picks the one whose
+``architectures`` names the model's class and resolves it against the live modules, so that
+everything else in the package asks for edges (norm -> readers, inner -> writer) and never for
+names. A model that no file describes is refused; it is never guessed.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cache
+
+from torch import nn
+
+from ..errors import UnsupportedError
+
+
+@dataclass(frozen=True)
+class Sublayer:
+    """Half a decoder layer (attention, or MLP): paths relative to the layer.
+
+    ``norm`` feeds ``reads``; the output channels of ``inner`` meet the input channels of the
+    linear(s) ``writes``, which add to the residual stream. ``heads`` is True where inner is the
+    value projection of an attention, so that inner -> writes passes through head groups.
+    ``elementwise`` is True when a positive per-channel scale passes from ``inner`` to ``writes``
+    unchanged (v -> o; up -> down behind a gate; fc1 -> fc2 behind ReLU, but not behind GELU).
+    """
+
+    norm: str
+    reads: tuple[str, ...]
+    inner: str
+    writes: str
+    heads: bool = False
+    elementwise: bool = True
+
+
+@dataclass(frozen=True)
+class Family:
+    """One model family. All paths but those of ``sublayers`` are from the model's root."""
+
+    name: str
+    architectures: tuple[str, ...]
+    embed: str
+    layers: str
+    sublayers: tuple[Sublayer, ...]
+    final_norm: str
+    head: str
+    positions: str | None = None  # learned position table, a writer to the residual stream
+    norm: str = "rms"  # "rms" or "layer" (mean is subtracted, bias is added)
+    unit_offset: bool = False  # the norm multiplies by 1 + weight (Gemma)
+    refuse: dict[str, str] = field(default_factory=dict)  # config field=value -> reason
+
+    def linears(self) -> tuple[str, ...]:
+        """The linears of one layer that are quantised, in the order of the forward pass."""
+        return tuple(
+            path for sub in self.sublayers for path in dict.fromkeys((*sub.reads, sub.writes))
+        )
+
+
+@dataclass(frozen=True)
+class Edge:
+    """A place where a per-channel scale can move without changing the function.
+
+    ``source``: the norm or linear whose output channels are divided; ``readers``: linears whose
+    input columns are multiplied; ``repeat``: how many times each group of ``head_dim`` source
+    channels is read (grouped-query attention), 1 otherwise.
+    """
+
+    source: str
+    readers: tuple[str, ...]
+    kind: str  # "norm" or "inner"
+    repeat: int = 1
+    head_dim: int = 0
+
+
+@cache
+def families() -> dict[str, Family]:
+    """Every described family by the architecture names it serves."""
+    table: dict[str, Family] = {}
+    for info in pkgutil.iter_modules(__path__):
+        module = importlib.import_module(f"{__name__}.{info.name}")
+        for family in getattr(module, "FAMILIES", ()):
+            for architecture in family.architectures:
+                table[architecture] = family
+    return table
+
+
+def describe(model: nn.Module) -> Family:
+    """The family of a live model, by its class name.
+
+    Raises UnsupportedError, naming the class and the known ones, for an unknown architecture or a
+    configuration that the family's file refuses.
+    """
+    name = type(model).__name__
+    family = families().get(name)
+    if family is None:
+        known = ", ".join(sorted(families()))
+        raise UnsupportedError(f"no family describes {name}; described are: {known}")
+    config = getattr(model, "config", None)
+    for condition, reason in family.refuse.items():
+        key, value = condition.split("=")
+        if str(getattr(config, key, None)) == value:
+            raise UnsupportedError(f"{name} with {condition} is not supported: {reason}")
+    return family
+
+
+def decoder_layers(model: nn.Module, family: Family | None = None) -> nn.ModuleList:
+    """The list of decoder layers of a live model."""
+    return model.get_submodule((family or describe(model)).layers)
+
+
+def linear_names(model: nn.Module, family: Family | None = None) -> Iterator[str]:
+    """Full paths of the linears that a method quantises, layer by layer."""
+    family = family or describe(model)
+    for i in range(len(decoder_layers(model, family))):
+        for path in family.linears():
+            yield f"{family.layers}.{i}.{path}"

@@ -1,0 +1,120 @@
+"""The grid on which weights, activations and the KV cache are put: frozen data, no behaviour."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict, dataclass
+from typing import NamedTuple
+
+from torch import Tensor
+
+from .errors import UsageError
+
+FLOAT_BITS = 16
+SCALE_DTYPES = ("float32", "float16", "bfloat16")
+ACTIVATION_MODES = ("token", "tensor", "static")
+
+_TEXT = re.compile(
+    r"w(?P<w>\d+)(a(?P<a>\d+))?(kv(?P<kv>\d+))?(g(?P<g>-?\d+))?(?P<sym>sym|asym)?", re.ASCII
+)
+
+
+class Codes(NamedTuple):
+    """A weight on its grid: ``w = (q - zero_point) * scale``.
+
+    ``q`` uint8 [out_features, in_features], codes 0 .. 2**bits - 1; ``scale`` float
+    [out_features, groups]; ``zero_point`` uint8 [out_features, groups]. Group g is the columns
+    [g * group_size, (g + 1) * group_size) of ``q``; the last group may be short. Symmetric grids
+    carry ``zero_point = 2**(bits - 1)``. Every solver returns this, every format stores it.
+    """
+
+    q: Tensor
+    scale: Tensor
+    zero_point: Tensor
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """What to quantise to.
+
+    ``bits`` 2..8 of a weight; ``group_size`` weights along in_features that share one scale
+    (-1: the whole row); ``symmetric``: the zero point is fixed at 2**(bits - 1). ``scale_dtype`` is
+    the type in which scales are stored; codes are computed against the rounded scale, so storing
+    loses nothing. ``activation_bits`` and ``kv_bits`` 16 mean float; below that, activations are
+    quantised per ``activations`` = "token" (one dynamic scale a row), "tensor" (one dynamic scale),
+    or "static" (one scale from calibration).
+    """
+
+    bits: int = 4
+    group_size: int = 128
+    symmetric: bool = False
+    scale_dtype: str = "float16"
+    activation_bits: int = FLOAT_BITS
+    activations: str = "token"
+    kv_bits: int = FLOAT_BITS
+
+    def __post_init__(self) -> None:
+        _check_bits("bits", self.bits, 2, 8)
+        _check_bits("activation_bits", self.activation_bits, 2, FLOAT_BITS)
+        _check_bits("kv_bits", self.kv_bits, 2, FLOAT_BITS)
+        if not _is_int(self.group_size) or (self.group_size < 1 and self.group_size != -1):
+            raise UsageError(
+                f"group_size must be -1 (whole row) or at least 1, got {self.group_size!r}"
+            )
+        if self.scale_dtype not in SCALE_DTYPES:
+            raise UsageError(f"scale_dtype must be one of {SCALE_DTYPES}, got {self.scale_dtype!r}")
+        if self.activations not in ACTIVATION_MODES:
+            raise UsageError(
+                f"activations must be one of {ACTIVATION_MODES}, got {self.activations!r}"
+            )
+
+    @classmethod
+    def parse(cls, text: str | Scheme, **overrides) -> Scheme:
+        """``w4a16g128``, ``w3g64sym``, ``w8a8``, ``w4a4kv4``: bits, then what differs.
+
+        Without ``g``: group 128 for float activations, whole rows (and a symmetric grid) for
+        quantised ones, which is what integer matrix products need.
+        """
+        if isinstance(text, Scheme):
+            return cls(**{**asdict(text), **overrides})
+        match = _TEXT.fullmatch(text) if isinstance(text, str) else None
+        if match is None:
+            raise UsageError(
+                f"scheme {text!r} is not of the form w<bits>[a<bits>][kv<bits>][g<group>][sym|asym],"
+                " for example w4a16g128 or w8a8"
+            )
+        activation_bits = int(match["a"] or FLOAT_BITS)
+        integer = activation_bits < FLOAT_BITS
+        fields = {
+            "bits": int(match["w"]),
+            "activation_bits": activation_bits,
+            "kv_bits": int(match["kv"] or FLOAT_BITS),
+            "group_size": int(match["g"]) if match["g"] else (-1 if integer else 128),
+            "symmetric": integer if match["sym"] is None else match["sym"] == "sym",
+        }
+        return cls(**{**fields, **overrides})
+
+    def __str__(self) -> str:
+        kv = f"kv{self.kv_bits}" if self.kv_bits < FLOAT_BITS else ""
+        group = f"g{self.group_size}"
+        return f"w{self.bits}a{self.activation_bits}{kv}{group}{'sym' if self.symmetric else 'asym'}"
+
+    def groups(self, in_features: int) -> int:
+        """Scales per row of a weight with ``in_features`` columns."""
+        return -(-in_features // self.group_of(in_features)) if in_features else 0
+
+    def group_of(self, in_features: int) -> int:
+        """The group size with -1 resolved to the row."""
+        return max(in_features, 1) if self.group_size == -1 else self.group_size
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _check_bits(name: str, value: int, low: int, high: int) -> None:
+    if not _is_int(value) or not low <= value <= high:
+        raise UsageError(f"{name} must be in {low}..{high}, got {value!r}")

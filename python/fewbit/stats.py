@@ -1,0 +1,42 @@
+"""What calibration keeps of one linear's input, and how it follows a transform in closed form."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Stats:
+    """Sums over the real (unmasked) tokens that entered a linear with ``in_features`` = K inputs.
+
+    ``tokens``: how many; ``sum_abs`` and ``max_abs`` [K] float32 of the token values; ``gram``
+    [K, K] float32, G = X^T X. G is sufficient for every quadratic loss: with dW = W' - W the output
+    error of a layer is ||X dW^T||^2 = tr(dW G dW^T).
+    """
+
+    tokens: int
+    sum_abs: Tensor
+    max_abs: Tensor
+    gram: Tensor | None
+
+    @property
+    def mean_abs(self) -> Tensor:
+        """Mean of |x| over tokens, [K]."""
+        return self.sum_abs / max(self.tokens, 1)
+
+    def scaled(self, s: Tensor) -> Stats:
+        """The statistics of x / s, for a positive ``s`` [K]: S^-1 G S^-1."""
+        gram = None if self.gram is None else self.gram / s[:, None] / s[None, :]
+        return Stats(self.tokens, self.sum_abs / s, self.max_abs / s, gram)
+
+    def output_loss(self, dw: Tensor) -> float:
+        """||X dW^T||^2 / tokens for a weight change ``dw`` [N, K]: mean squared row error."""
+        dw = dw.to(torch.float32)
+        return float(((dw @ self.gram) * dw).sum(dtype=torch.float64)) / max(self.tokens, 1)
+
+    def output_energy(self, w: Tensor) -> float:
+        """||X W^T||^2 / tokens: what ``output_loss`` is relative to."""
+        return self.output_loss(w)

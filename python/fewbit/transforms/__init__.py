@@ -1,0 +1,51 @@
+"""Transforms change weights so that the float model computes the same function.
+
+A transform works in two places, so that a model can be streamed one layer at a time: ``outside``
+changes what lies around the decoder layers (embedding, positions, final norm, head) before
+calibration starts; ``layer`` changes one decoder layer when calibration has reached it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from ..families import Family
+from ..scheme import Scheme
+from ..stats import Stats
+
+
+@dataclass
+class LayerContext:
+    """What a transform or a solver may know about the layer in hand.
+
+    ``stats``: by the linear's path inside the layer, of the inputs as they are now; a transform
+    that changes a linear's input replaces its entry. ``records``: one dict per decision, shown in
+    the Report (path, what was chosen, the curve it was chosen from).
+    """
+
+    index: int
+    family: Family
+    config: Any
+    scheme: Scheme
+    stats: dict[str, Stats]
+    records: list[dict] = field(default_factory=list)
+
+
+class Transform:
+    """Base class of scale, fold and rotate transforms."""
+
+    needs_stats = False  # True: ``layer`` reads context.stats
+
+    def outside(self, model: nn.Module, family: Family) -> list[dict]:
+        """Change the modules around the layers, in place; returns records for the Report."""
+        return []
+
+    def layer(self, layer: nn.Module, context: LayerContext) -> None:
+        """Change one decoder layer, in place, and keep ``context.stats`` in step."""
+
+    def to_dict(self) -> dict:
+        """Name and parameters, enough to repeat the transform."""
+        return {"name": type(self).__name__, **vars(self)}
