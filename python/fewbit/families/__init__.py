@@ -36,6 +36,8 @@ class Sublayer:
     writes: str
     heads: bool = False
     elementwise: bool = True
+    query: str = ""  # an attention's query and key projections, where they are linears of their own
+    key: str = ""
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,8 @@ class Family:
     positions: str | None = None  # learned position table, a writer to the residual stream
     norm: str = "rms"  # "rms" or "layer" (mean is subtracted, bias is added)
     unit_offset: bool = False  # the norm multiplies by 1 + weight (Gemma)
+    rope: bool = True  # queries and keys are rotated by position between projection and product
+    unrotatable: str = ""  # why the residual stream cannot be rotated; empty where it can
     refuse: dict[str, str] = field(default_factory=dict)  # config field=value -> reason
 
     def linears(self) -> tuple[str, ...]:

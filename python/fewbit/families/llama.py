@@ -8,6 +8,8 @@ ATTENTION = Sublayer(
     inner="self_attn.v_proj",
     writes="self_attn.o_proj",
     heads=True,
+    query="self_attn.q_proj",
+    key="self_attn.k_proj",
 )
 MLP = Sublayer(
     norm="post_attention_layernorm",

@@ -16,12 +16,15 @@ FAMILIES = (
                 inner="self_attn.v_proj",
                 writes="self_attn.out_proj",
                 heads=True,
+                query="self_attn.q_proj",
+                key="self_attn.k_proj",
             ),
             Sublayer(norm="final_layer_norm", reads=("fc1",), inner="fc1", writes="fc2"),
         ),
         final_norm="model.decoder.final_layer_norm",
         head="lm_head",
         norm="layer",
+        rope=False,
         refuse={
             "do_layer_norm_before=False": "its norms follow the residual sum (OPT-350m), so they "
             "have no linears behind them that could take a scale"

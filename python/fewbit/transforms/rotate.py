@@ -1,0 +1,200 @@
+"""Rotate a model so that outliers spread over all channels and its function stays the same.
+
+R1 turns the residual stream: embedding and positions E <- E R1, writers W <- R1^T W and
+c <- R1^T c, readers and head W <- W R1. R2 turns each head between value and output projection.
+R3 turns queries and keys of a head alike, after rope. R4 is an online Hadamard transform before
+the MLP's writer, with its inverse in that weight. Equations: S. Ashkboos et al., QuaRot, 2024;
+Z. Liu et al., SpinQuant, 2024. Norms are folded first (fold.py). Everything is float64, rounded
+once per parameter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UnsupportedError, UsageError
+from ..families import Family, Sublayer
+from ..kv import attach_kv, head_dim, route_attention
+from ..online import OnlineHadamard, attach
+from ..orthogonal import Rotation, rotation
+from . import LayerContext, Transform
+from .fold import FoldNorm, float64, linear_at, norm_readers, untie_head
+
+MARK = "fewbit_rotation"  # in the model's config, so that a saved model still carries it
+
+Kind = str | Tensor | None
+
+
+class Rotate(Transform):
+    """Fold norms, then rotate. Each of r1..r4 is a kind of ``orthogonal.KINDS``, or None.
+
+    ``r1`` may be a matrix [hidden, hidden], ``r2`` one [head_dim, head_dim] or one per layer;
+    ``r3`` and ``r4`` are "hadamard" or None. ``keeps_mean``: on LayerNorm models take an R1 with
+    R1 1 = 1, so that the norms stay LayerNorms and the result loads in plain transformers; False
+    removes the means instead and puts ``fold.RMSNorm`` in their place.
+    """
+
+    def __init__(
+        self,
+        r1: Kind = "hadamard",
+        r2: Kind | Sequence[Tensor] = "hadamard",
+        r3: str | None = None,
+        r4: str | None = None,
+        seed: int = 0,
+        keeps_mean: bool = True,
+    ) -> None:
+        for name, kind in (("r3", r3), ("r4", r4)):
+            if kind not in (None, "hadamard"):
+                raise UsageError(f'{name} must be "hadamard" or None, got {kind!r}')
+        self.r1, self.r2, self.r3, self.r4 = r1, r2, r3, r4
+        self.seed, self.keeps_mean = seed, keeps_mean
+        self._cache: dict[tuple, Rotation] = {}
+
+    def to_dict(self) -> dict:
+        named = {k: v if v is None or isinstance(v, str) else "given" for k, v in self._kinds()}
+        return {"name": "Rotate", **named, "seed": self.seed, "keeps_mean": self.keeps_mean}
+
+    def _kinds(self) -> list[tuple[str, Any]]:
+        return [("r1", self.r1), ("r2", self.r2), ("r3", self.r3), ("r4", self.r4)]
+
+    def residual(self, family: Family, width: int) -> Rotation | None:
+        """R1 of this width, the same on every call."""
+        if self.r1 is None:
+            return None
+        if (key := ("r1", width)) not in self._cache:
+            keep = self.keeps_mean and family.norm == "layer"
+            r = rotation(width, self.r1, self.seed, keep)
+            if keep and not r.keeps_mean():
+                raise UsageError(
+                    "the given r1 does not keep the mean (R 1 = 1), so LayerNorm does not commute "
+                    "with it; pass keeps_mean=False to replace the norms"
+                )
+            self._cache[key] = r
+        return self._cache[key]
+
+    def head(self, index: int, head_dim: int) -> Rotation | None:
+        """R2 of layer ``index``; random kinds differ from layer to layer."""
+        if self.r2 is None:
+            return None
+        if isinstance(self.r2, (list, tuple)):
+            if index >= len(self.r2):
+                raise UsageError(f"r2 has {len(self.r2)} matrices, but there is a layer {index}")
+            return rotation(head_dim, self.r2[index])
+        per_layer = self.r2 in ("random", "random-hadamard") if isinstance(self.r2, str) else False
+        key = ("r2", head_dim, index if per_layer else 0)
+        if key not in self._cache:
+            self._cache[key] = rotation(head_dim, self.r2, self.seed + 1 + key[2])
+        return self._cache[key]
+
+    def _fold(self, family: Family) -> FoldNorm:
+        return FoldNorm(centre=self.r1 is not None and not self.keeps_mean)
+
+    def outside(self, model: nn.Module, family: Family) -> list[dict]:
+        check_rotatable(model, family, self)
+        embed = model.get_submodule(family.embed)
+        tables = [embed] + ([model.get_submodule(family.positions)] if family.positions else [])
+        untie_head(model, family)  # first: a shared weight would have two precisions
+        head, norm = linear_at(model, family.head), model.get_submodule(family.final_norm)
+        r1 = self.residual(family, embed.weight.shape[1])
+        records = []
+        if r1 is not None:
+            with float64([*tables, head, norm]):
+                records = self._fold(family).outside(model, family)
+                for table in tables:
+                    table.weight.data = r1.right(table.weight.data)
+                head.weight.data = r1.right(head.weight.data)
+                _rotate_norm_bias(norm, r1)
+        if self.r3 and family.rope:
+            route_attention(model)
+        model.config.fewbit_rotation = {k: v for k, v in self.to_dict().items() if k != "name"}
+        return [*records, {"path": "", **self.to_dict()}]
+
+    def layer(self, layer: nn.Module, context: LayerContext) -> None:
+        family, config = context.family, context.config
+        writers = dict.fromkeys(s.writes for s in family.sublayers)
+        readers = {r for reads in norm_readers(family).values() for r in reads}
+        norms = [layer.get_submodule(n) for n in norm_readers(family)]
+        linears = {path: linear_at(layer, path) for path in (*readers, *writers)}
+        with float64([*norms, *linears.values()]):
+            if self.r1 is not None:
+                self._fold(family).layer(layer, context)
+                r1 = self.residual(family, config.hidden_size)
+                for path in readers:
+                    linears[path].weight.data = r1.right(linears[path].weight.data)
+                for path in writers:
+                    _rotate_outputs(linears[path], r1)
+                for norm in norms:
+                    _rotate_norm_bias(norm, r1)
+            for sub in family.sublayers:
+                if sub.heads:
+                    self._attention(layer, sub, context)
+                elif self.r4:
+                    down = linears[sub.writes]
+                    online = OnlineHadamard(down.in_features)
+                    down.weight.data = rotation(down.in_features).right(down.weight.data)
+                    attach(down, "online_hadamard", online)
+
+    def _attention(self, layer: nn.Module, sub: Sublayer, context: LayerContext) -> None:
+        dim = head_dim(context.config)
+        r2 = self.head(context.index, dim)
+        if r2 is not None:
+            _rotate_outputs(linear_at(layer, sub.inner), r2)
+            o = linear_at(layer, sub.writes)
+            o.weight.data = _blocks(o.weight.data, dim, r2)
+        if self.r3 and context.family.rope:
+            attach_kv(layer.get_submodule(sub.writes.rpartition(".")[0]), rotate=True, width=dim)
+        elif self.r3:
+            for path in (sub.query, sub.key):
+                _rotate_outputs(linear_at(layer, path), rotation(dim))
+
+
+def check_rotatable(model: nn.Module, family: Family, rotate: Rotate) -> None:
+    """Refuse, with the reason, what cannot be rotated or has been rotated before."""
+    if family.unrotatable:
+        raise UnsupportedError(f"{type(model).__name__} cannot be rotated: {family.unrotatable}")
+    if getattr(model.config, MARK, None):
+        raise UsageError(
+            f"this model is rotated already ({model.config.fewbit_rotation}); rotate the original"
+        )
+    width, stream = model.get_submodule(family.embed).weight.shape[1], model.config.hidden_size
+    if width != stream:
+        raise UnsupportedError(
+            f"{type(model).__name__} cannot be rotated: its embedding is {width} wide and the "
+            f"residual stream {stream}, with a projection between them that no norm follows"
+        )
+    if rotate.r3 and not family.rope:
+        for sub in family.sublayers:
+            if sub.heads and not (sub.query and sub.key):
+                raise UnsupportedError(
+                    f"r3 is not supported for {type(model).__name__}: its query and key "
+                    "projections are fused"
+                )
+
+
+def _blocks(w: Tensor, dim: int, r: Rotation) -> Tensor:
+    """w [n, heads * dim] times blockdiag(r, ..., r)."""
+    return r.right(w.reshape(w.shape[0], -1, dim)).reshape(w.shape)
+
+
+def _rotate_outputs(linear: nn.Linear, r: Rotation) -> None:
+    """Outputs y of a linear become y R, in blocks of R's width: W <- R^T W, c <- c R."""
+    linear.weight.data = _blocks(linear.weight.data.T, r.n, r).T.contiguous()
+    if linear.bias is not None:
+        linear.bias.data = _blocks(linear.bias.data[None], r.n, r)[0]
+
+
+def _rotate_norm_bias(norm: nn.Module, r: Rotation) -> None:
+    """The bias that a LayerNorm kept because its reader has none."""
+    bias = getattr(norm, "bias", None)
+    if bias is not None and bool(bias.any()):
+        bias.data = r.right(bias.data[None])[0]
+
+
+def max_over_mean(x: Tensor) -> float:
+    """The largest channel over the average channel, by mean |x| over tokens; x [..., channels]."""
+    level = x.detach().to(torch.float32).abs().reshape(-1, x.shape[-1]).mean(0)
+    return float(level.max() / level.mean())
