@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from fewbit import hadamard
 from fewbit.errors import UnsupportedError, UsageError
 from fewbit.hadamard import hadamard_matrix, hartley_matrix, is_constructible, plan, transform

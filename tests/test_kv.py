@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from fewbit.errors import UsageError
 from fewbit.families import decoder_layers
 from fewbit.kv import OnlineKV, attach_kv, head_dim, kv_codes, kv_values, route_attention

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+
 from fewbit.errors import UnsupportedError, UsageError
 from fewbit.families import decoder_layers, describe
 from fewbit.online import online_paths

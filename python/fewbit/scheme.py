@@ -80,8 +80,8 @@ class Scheme:
         match = _TEXT.fullmatch(text) if isinstance(text, str) else None
         if match is None:
             raise UsageError(
-                f"scheme {text!r} is not of the form w<bits>[a<bits>][kv<bits>][g<group>][sym|asym],"
-                " for example w4a16g128 or w8a8"
+                f"scheme {text!r} is not of the form "
+                "w<bits>[a<bits>][kv<bits>][g<group>][sym|asym], for example w4a16g128 or w8a8"
             )
         activation_bits = int(match["a"] or FLOAT_BITS)
         integer = activation_bits < FLOAT_BITS
@@ -96,8 +96,8 @@ class Scheme:
 
     def __str__(self) -> str:
         kv = f"kv{self.kv_bits}" if self.kv_bits < FLOAT_BITS else ""
-        group = f"g{self.group_size}"
-        return f"w{self.bits}a{self.activation_bits}{kv}{group}{'sym' if self.symmetric else 'asym'}"
+        grid = "sym" if self.symmetric else "asym"
+        return f"w{self.bits}a{self.activation_bits}{kv}g{self.group_size}{grid}"
 
     def groups(self, in_features: int) -> int:
         """Scales per row of a weight with ``in_features`` columns."""

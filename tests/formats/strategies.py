@@ -1,6 +1,7 @@
 """Random weights on a grid, for every test of a format."""
 
 import torch
+
 from fewbit.scheme import Codes, Scheme
 
 

@@ -1,8 +1,9 @@
 import pytest
 import torch
-from fewbit.formats import bits as fields
 from hypothesis import given
 from hypothesis import strategies as st
+
+from fewbit.formats import bits as fields
 
 
 def stream(codes, bits):

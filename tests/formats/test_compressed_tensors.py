@@ -1,13 +1,14 @@
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import dequantize, random_codes, same
+
 from fewbit import formats
 from fewbit.errors import CheckpointError, UnsupportedError
 from fewbit.formats import bits as fields
 from fewbit.formats.compressed_tensors import IntQuantized, PackQuantized
 from fewbit.scheme import Codes, Scheme
-from hypothesis import given
-from hypothesis import strategies as st
-from strategies import dequantize, random_codes, same
 
 PACK, INT = PackQuantized(), IntQuantized()
 W8A8 = Scheme(8, -1, True, activation_bits=8)

@@ -3,10 +3,11 @@ import time
 import warnings
 
 import pytest
-from fewbit.errors import CheckpointError
-from fewbit.formats.patterns import Pattern
 from hypothesis import given
 from hypothesis import strategies as st
+
+from fewbit.errors import CheckpointError
+from fewbit.formats.patterns import Pattern
 
 NAMES = [
     "",

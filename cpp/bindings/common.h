@@ -1,0 +1,133 @@
+// What every binding needs: tensors, checks that say what is wrong, and running a kernel.
+//
+// Bindings do every check once and fill the args struct; kernels trust it. Torch is reached through
+// its stable ABI only (libtorch 2.10 and up, one binary for all of them).
+#pragma once
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+
+#include "fewbit/dtype.h"
+#include "fewbit/kernel.h"
+
+namespace fewbit::bindings {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// Raises ValueError in Python: one sentence with the offending value and what is allowed.
+template <class... Parts>
+void check(bool ok, const Parts&... parts) {
+  if (ok) return;
+  std::ostringstream message;
+  (message << ... << parts);
+  throw std::invalid_argument(message.str());
+}
+
+bool in_forked_child();  // threads of the parent do not exist here (threads.cpp)
+
+// Runs the kernel of `args` over all its tasks, on torch's threads. `grain` tasks at least go to a
+// thread. Kernels neither throw nor depend on how tasks are cut.
+template <class Args>
+void run(const Args& args, int64_t grain = 1) {
+  const Kernel<Args> kernel = cpu::kernel_for<Args>();
+  const int64_t tasks = args.tasks();
+  if (tasks <= grain || in_forked_child()) {
+    kernel(args, 0, tasks);
+    return;
+  }
+  torch::stable::parallel_for(0, tasks, grain,
+                              [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+}
+
+// So that one task range is at least about this many elements of work.
+inline int64_t grain_for(int64_t elements_per_task, int64_t least = 32768) {
+  return elements_per_task >= least ? 1 : (least + elements_per_task) / (elements_per_task + 1);
+}
+
+inline DType dtype_of(const Tensor& t, const char* name) {
+  const ScalarType type = t.scalar_type();
+  if (type == ScalarType::Float) return DType::f32;
+  if (type == ScalarType::Half) return DType::f16;
+  if (type == ScalarType::BFloat16) return DType::bf16;
+  check(false, name, " must be float32, float16 or bfloat16, got ",
+        torch::headeronly::toString(type));
+  return DType::f32;
+}
+
+inline ScalarType scalar_type(DType t) {
+  return t == DType::f16 ? ScalarType::Half
+         : t == DType::bf16 ? ScalarType::BFloat16 : ScalarType::Float;
+}
+
+inline DType dtype_named(const std::string& text, const char* name) {
+  if (text == "float32") return DType::f32;
+  if (text == "float16") return DType::f16;
+  if (text == "bfloat16") return DType::bf16;
+  check(false, name, " must be float32, float16 or bfloat16, got \"", text, "\"");
+  return DType::f32;
+}
+
+inline void check_dtype(const Tensor& t, ScalarType type, const char* name) {
+  check(t.scalar_type() == type, name, " must be ", torch::headeronly::toString(type), ", got ",
+        torch::headeronly::toString(t.scalar_type()));
+}
+
+inline std::string shape_of(const Tensor& t) {
+  std::ostringstream text;
+  text << "[";
+  for (int64_t i = 0; i < t.dim(); ++i) text << (i ? ", " : "") << t.size(i);
+  text << "]";
+  return text.str();
+}
+
+inline void check_shape(const Tensor& t, std::initializer_list<int64_t> shape, const char* name) {
+  bool same = t.dim() == static_cast<int64_t>(shape.size());
+  int64_t i = 0;
+  for (int64_t n : shape) same = same && t.size(i++) == n;
+  if (same) return;
+  std::ostringstream want;
+  i = 0;
+  for (int64_t n : shape) want << (i++ ? ", " : "") << n;
+  check(false, name, " must have shape [", want.str(), "], got ", shape_of(t));
+}
+
+inline void check_matrix(const Tensor& t, const char* name, const char* dims) {
+  check(t.dim() == 2, name, " must be ", dims, ", got shape ", shape_of(t));
+}
+
+// -1 is the whole row; anything larger than the row is the row.
+inline int64_t resolve_group(int64_t group_size, int64_t columns) {
+  check(group_size == -1 || group_size >= 1,
+        "group_size must be -1 (whole row) or at least 1, got ", group_size);
+  const int64_t row = columns > 0 ? columns : 1;
+  return group_size == -1 || group_size > row ? row : group_size;
+}
+
+inline int64_t count_groups(int64_t columns, int64_t group_size) {
+  return (columns + group_size - 1) / group_size;
+}
+
+inline Tensor empty(std::initializer_list<int64_t> shape, ScalarType type) {
+  return torch::stable::empty(
+      torch::headeronly::IntHeaderOnlyArrayRef(shape.begin(), shape.size()), type);
+}
+
+// Row-major, copied only if it is not.
+inline Tensor dense(const Tensor& t) {
+  return t.is_contiguous() ? t : torch::stable::contiguous(t);
+}
+
+template <class T>
+const T* data(const Tensor& t) { return static_cast<const T*>(t.const_data_ptr()); }
+template <class T>
+T* mutable_data(const Tensor& t) { return static_cast<T*>(t.mutable_data_ptr()); }
+
+}  // namespace fewbit::bindings

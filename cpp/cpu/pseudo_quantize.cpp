@@ -1,0 +1,28 @@
+#include "fewbit/pseudo_quantize.h"
+
+#include "grid.h"
+
+namespace fewbit::cpu::FEWBIT_ISA {
+
+template <class T>
+static void rows(const PseudoQuantize& a, int64_t begin, int64_t end) {
+  for (int64_t r = begin; r < end; ++r) {
+    for (int64_t start = 0; start < a.columns; start += a.group_size) {
+      const int64_t n = start + a.group_size <= a.columns ? a.group_size : a.columns - start;
+      const T* w = static_cast<const T*>(a.w) + r * a.columns + start;
+      T* out = static_cast<T*>(a.out) + r * a.columns + start;
+      const Step g = fit(w, n, a.grid);
+      const F32 z = F32::set(g.z), s = F32::set(g.s);
+      int64_t i = 0;
+      for (; i + F32::width <= n; i += F32::width)
+        ((code(F32::load(w + i), g) - z) * s).store(out + i);
+      for (; i < n; ++i) from_float((code(to_float(w[i]), g) - g.z) * g.s, out + i);
+    }
+  }
+}
+
+void kernel(const PseudoQuantize& a, int64_t begin, int64_t end) {
+  with_type(a.dtype, [&](auto* t) { rows<element<decltype(t)>>(a, begin, end); });
+}
+
+}  // namespace fewbit::cpu::FEWBIT_ISA

@@ -1,0 +1,262 @@
+// The whole SIMD vocabulary of the CPU kernels: F32 (float32 lanes) and U32 (uint32 lanes), one
+// branch per instruction set. Kernels are written once against it. Included by kernel files only,
+// which are compiled once per ISA with FEWBIT_ISA naming their namespace; nothing here may be
+// shared between ISAs, so everything lives in that namespace and no std:: inline function is used.
+#pragma once
+#include <stddef.h>
+#include <stdint.h>
+
+#include "fewbit/dtype.h"
+
+#if FEWBIT_ISA_LEVEL >= 1
+#include <immintrin.h>
+#endif
+
+#define FEWBIT_INLINE static inline __attribute__((always_inline))
+#define FEWBIT_INLINE_MEMBER inline __attribute__((always_inline))
+
+namespace fewbit::cpu::FEWBIT_ISA {
+
+// ---- scalar conversions, for tails and for the portable path -----------------------------------
+
+FEWBIT_INLINE uint32_t bits_of(float v) { uint32_t u; __builtin_memcpy(&u, &v, 4); return u; }
+FEWBIT_INLINE float float_of(uint32_t u) { float v; __builtin_memcpy(&v, &u, 4); return v; }
+
+FEWBIT_INLINE float to_float(float v) { return v; }
+FEWBIT_INLINE float to_float(BFloat16 v) { return float_of(uint32_t(v.bits) << 16); }
+FEWBIT_INLINE float to_float(Half v) {
+  const uint32_t sign = uint32_t(v.bits & 0x8000u) << 16, rest = v.bits & 0x7FFFu;
+  // Subnormals: scaling the integer is exact. Inf and NaN: exponent 255, payload kept.
+  if (rest < 0x0400u) return float_of(bits_of(float(rest) * 0x1p-24f) | sign);
+  if (rest >= 0x7C00u) return float_of(sign | 0x7F800000u | (rest & 0x3FFu) << 13);
+  return float_of(sign | ((rest << 13) + 0x38000000u));
+}
+
+FEWBIT_INLINE void from_float(float v, float* out) { *out = v; }
+FEWBIT_INLINE void from_float(float v, BFloat16* out) {
+  const uint32_t u = bits_of(v);
+  // Round half to even on the 16 dropped bits; a NaN keeps a set quiet bit.
+  out->bits = v != v ? uint16_t((u >> 16) | 0x40u) : uint16_t((u + 0x7FFFu + ((u >> 16) & 1u)) >> 16);
+}
+FEWBIT_INLINE void from_float(float v, Half* out) {
+  const uint32_t u = bits_of(v), sign = (u >> 16) & 0x8000u, rest = u & 0x7FFFFFFFu;
+  if (rest > 0x7F800000u) { out->bits = uint16_t(sign | 0x7E00u | ((rest >> 13) & 0x1FFu)); return; }
+  if (rest >= 0x477FF000u) { out->bits = uint16_t(sign | 0x7C00u); return; }  // 65520 and up
+  if (rest < 0x38800000u) {  // below 2^-14: the result is a multiple of 2^-24
+    // Adding 0.5 puts the ulp at 2^-24, so the hardware rounds half to even there.
+    out->bits = uint16_t(sign | (bits_of(float_of(rest) + 0.5f) - 0x3F000000u));
+    return;
+  }
+  out->bits = uint16_t(sign | ((rest - 0x38000000u + 0xFFFu + ((rest >> 13) & 1u)) >> 13));
+}
+
+FEWBIT_INLINE float round_even(float v) { return __builtin_nearbyintf(v); }
+FEWBIT_INLINE float abs_of(float v) { return __builtin_fabsf(v); }
+
+// ---- float32 and uint32 lanes ------------------------------------------------------------------
+
+#if FEWBIT_ISA_LEVEL == 2  // AVX-512 F, BW, DQ, VL
+
+struct U32 { __m512i v; };
+
+struct F32 {
+  static constexpr int width = 16;
+  __m512 v;
+
+  FEWBIT_INLINE_MEMBER static F32 set(float a) { return {_mm512_set1_ps(a)}; }
+  FEWBIT_INLINE_MEMBER static F32 zero() { return {_mm512_setzero_ps()}; }
+  FEWBIT_INLINE_MEMBER static F32 load(const float* p) { return {_mm512_loadu_ps(p)}; }
+  FEWBIT_INLINE_MEMBER static F32 load(const Half* p) {
+    return {_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p))};
+  }
+  FEWBIT_INLINE_MEMBER static F32 load(const BFloat16* p) {
+    const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p));
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(wide, 16))};
+  }
+  FEWBIT_INLINE_MEMBER static F32 load(const uint8_t* p) {
+    return {_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)))};
+  }
+  FEWBIT_INLINE_MEMBER void store(float* p) const { _mm512_storeu_ps(p, v); }
+  FEWBIT_INLINE_MEMBER void store(Half* p) const {
+    _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+  }
+  FEWBIT_INLINE_MEMBER void store(BFloat16* p) const {
+    const __m512i u = _mm512_castps_si512(v);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
+    const __m512i up = _mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF)));
+    const __m512i quiet = _mm512_or_si512(u, _mm512_set1_epi32(0x400000));
+    const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+    const __m512i r = _mm512_srli_epi32(_mm512_mask_mov_epi32(up, nan, quiet), 16);
+    _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(r));
+  }
+  // Codes 0..255 that the lanes hold as whole numbers.
+  FEWBIT_INLINE_MEMBER void store(uint8_t* p) const {
+    _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(v)));
+  }
+};
+
+FEWBIT_INLINE F32 operator+(F32 a, F32 b) { return {_mm512_add_ps(a.v, b.v)}; }
+FEWBIT_INLINE F32 operator-(F32 a, F32 b) { return {_mm512_sub_ps(a.v, b.v)}; }
+FEWBIT_INLINE F32 operator*(F32 a, F32 b) { return {_mm512_mul_ps(a.v, b.v)}; }
+FEWBIT_INLINE F32 operator/(F32 a, F32 b) { return {_mm512_div_ps(a.v, b.v)}; }
+// min and max give b when a lane of either is NaN, as the scalar a < b ? a : b does.
+FEWBIT_INLINE F32 min(F32 a, F32 b) { return {_mm512_min_ps(a.v, b.v)}; }
+FEWBIT_INLINE F32 max(F32 a, F32 b) { return {_mm512_max_ps(a.v, b.v)}; }
+FEWBIT_INLINE F32 abs(F32 a) { return {_mm512_abs_ps(a.v)}; }
+FEWBIT_INLINE F32 round(F32 a) {
+  return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
+}
+FEWBIT_INLINE F32 fma(F32 a, F32 b, F32 c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+FEWBIT_INLINE F32 fnma(F32 a, F32 b, F32 c) { return {_mm512_fnmadd_ps(a.v, b.v, c.v)}; }
+FEWBIT_INLINE float lane(F32 a, int i) { float t[16]; a.store(t); return t[i]; }
+
+FEWBIT_INLINE U32 load_u32(const uint32_t* p) { return {_mm512_loadu_si512(p)}; }
+FEWBIT_INLINE U32 operator>>(U32 a, int n) { return {_mm512_srli_epi32(a.v, unsigned(n))}; }
+// The low `bits` bits of every lane, as float. Two- and four-bit codes are looked up: the
+// instruction reads only the low 4 bits of its index, so no mask is needed.
+template <int bits>
+FEWBIT_INLINE F32 low_bits(U32 a) {
+  if constexpr (bits <= 4) {
+    constexpr float m = float((1 << bits) - 1);
+    const __m512 table = _mm512_setr_ps(
+        0, 1, bits == 1 ? 0 : 2, bits == 1 ? 1 : 3, bits == 4 ? 4 : 0, bits == 4 ? 5 : 1,
+        bits == 1 ? 0 : bits == 4 ? 6 : 2, bits == 1 ? 1 : bits == 4 ? 7 : 3,
+        bits == 4 ? 8 : 0, bits == 4 ? 9 : 1, bits == 1 ? 0 : bits == 4 ? 10 : 2,
+        bits == 1 ? 1 : bits == 4 ? 11 : 3, bits == 4 ? 12 : 0, bits == 4 ? 13 : 1,
+        bits == 1 ? 0 : bits == 4 ? 14 : 2, m);
+    return {_mm512_permutexvar_ps(a.v, table)};
+  } else {
+    return {_mm512_cvtepi32_ps(_mm512_and_si512(a.v, _mm512_set1_epi32((1 << bits) - 1)))};
+  }
+}
+
+#elif FEWBIT_ISA_LEVEL == 1  // AVX2, FMA, F16C
+
+struct U32 { __m256i v; };
+
+struct F32 {
+  static constexpr int width = 8;
+  __m256 v;
+
+  FEWBIT_INLINE_MEMBER static F32 set(float a) { return {_mm256_set1_ps(a)}; }
+  FEWBIT_INLINE_MEMBER static F32 zero() { return {_mm256_setzero_ps()}; }
+  FEWBIT_INLINE_MEMBER static F32 load(const float* p) { return {_mm256_loadu_ps(p)}; }
+  FEWBIT_INLINE_MEMBER static F32 load(const Half* p) {
+    return {_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p))};
+  }
+  FEWBIT_INLINE_MEMBER static F32 load(const BFloat16* p) {
+    const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p));
+    return {_mm256_castsi256_ps(_mm256_slli_epi32(wide, 16))};
+  }
+  FEWBIT_INLINE_MEMBER static F32 load(const uint8_t* p) {
+    return {_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)))};
+  }
+  FEWBIT_INLINE_MEMBER void store(float* p) const { _mm256_storeu_ps(p, v); }
+  FEWBIT_INLINE_MEMBER void store(Half* p) const {
+    _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+  }
+  FEWBIT_INLINE_MEMBER void store(BFloat16* p) const {
+    const __m256i u = _mm256_castps_si256(v);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
+    const __m256i up = _mm256_add_epi32(u, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7FFF)));
+    const __m256i quiet = _mm256_or_si256(u, _mm256_set1_epi32(0x400000));
+    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+    const __m256i r = _mm256_srli_epi32(_mm256_blendv_epi8(up, quiet, nan), 16);
+    const __m128i lo = _mm256_castsi256_si128(r), hi = _mm256_extracti128_si256(r, 1);
+    _mm_storeu_si128((__m128i*)p, _mm_packus_epi32(lo, hi));
+  }
+  FEWBIT_INLINE_MEMBER void store(uint8_t* p) const {
+    const __m256i i = _mm256_cvtps_epi32(v);
+    const __m128i w = _mm_packus_epi32(_mm256_castsi256_si128(i), _mm256_extracti128_si256(i, 1));
+    _mm_storel_epi64((__m128i*)p, _mm_packus_epi16(w, w));
+  }
+};
+
+FEWBIT_INLINE F32 operator+(F32 a, F32 b) { return {_mm256_add_ps(a.v, b.v)}; }
+FEWBIT_INLINE F32 operator-(F32 a, F32 b) { return {_mm256_sub_ps(a.v, b.v)}; }
+FEWBIT_INLINE F32 operator*(F32 a, F32 b) { return {_mm256_mul_ps(a.v, b.v)}; }
+FEWBIT_INLINE F32 operator/(F32 a, F32 b) { return {_mm256_div_ps(a.v, b.v)}; }
+FEWBIT_INLINE F32 min(F32 a, F32 b) { return {_mm256_min_ps(a.v, b.v)}; }
+FEWBIT_INLINE F32 max(F32 a, F32 b) { return {_mm256_max_ps(a.v, b.v)}; }
+FEWBIT_INLINE F32 abs(F32 a) { return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v)}; }
+FEWBIT_INLINE F32 round(F32 a) {
+  return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
+}
+FEWBIT_INLINE F32 fma(F32 a, F32 b, F32 c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+FEWBIT_INLINE F32 fnma(F32 a, F32 b, F32 c) { return {_mm256_fnmadd_ps(a.v, b.v, c.v)}; }
+FEWBIT_INLINE float lane(F32 a, int i) { float t[8]; a.store(t); return t[i]; }
+
+FEWBIT_INLINE U32 load_u32(const uint32_t* p) { return {_mm256_loadu_si256((const __m256i*)p)}; }
+FEWBIT_INLINE U32 operator>>(U32 a, int n) { return {_mm256_srli_epi32(a.v, n)}; }
+template <int bits>
+FEWBIT_INLINE F32 low_bits(U32 a) {
+  return {_mm256_cvtepi32_ps(_mm256_and_si256(a.v, _mm256_set1_epi32((1 << bits) - 1)))};
+}
+
+#else  // portable
+
+struct U32 { uint32_t v; };
+
+struct F32 {
+  static constexpr int width = 1;
+  float v;
+
+  FEWBIT_INLINE_MEMBER static F32 set(float a) { return {a}; }
+  FEWBIT_INLINE_MEMBER static F32 zero() { return {0.0f}; }
+  template <class T>
+  FEWBIT_INLINE_MEMBER static F32 load(const T* p) { return {to_float(*p)}; }
+  FEWBIT_INLINE_MEMBER static F32 load(const uint8_t* p) { return {float(*p)}; }
+  template <class T>
+  FEWBIT_INLINE_MEMBER void store(T* p) const { from_float(v, p); }
+  FEWBIT_INLINE_MEMBER void store(uint8_t* p) const { *p = uint8_t(v); }
+};
+
+FEWBIT_INLINE F32 operator+(F32 a, F32 b) { return {a.v + b.v}; }
+FEWBIT_INLINE F32 operator-(F32 a, F32 b) { return {a.v - b.v}; }
+FEWBIT_INLINE F32 operator*(F32 a, F32 b) { return {a.v * b.v}; }
+FEWBIT_INLINE F32 operator/(F32 a, F32 b) { return {a.v / b.v}; }
+FEWBIT_INLINE F32 min(F32 a, F32 b) { return {a.v < b.v ? a.v : b.v}; }
+FEWBIT_INLINE F32 max(F32 a, F32 b) { return {a.v > b.v ? a.v : b.v}; }
+FEWBIT_INLINE F32 abs(F32 a) { return {abs_of(a.v)}; }
+FEWBIT_INLINE F32 round(F32 a) { return {round_even(a.v)}; }
+// Fused, as on the other ISAs: results agree bit for bit (slow where the CPU has no FMA).
+FEWBIT_INLINE F32 fma(F32 a, F32 b, F32 c) { return {__builtin_fmaf(a.v, b.v, c.v)}; }
+FEWBIT_INLINE F32 fnma(F32 a, F32 b, F32 c) { return {__builtin_fmaf(-a.v, b.v, c.v)}; }
+FEWBIT_INLINE float lane(F32 a, int) { return a.v; }
+
+FEWBIT_INLINE U32 load_u32(const uint32_t* p) { return {*p}; }
+FEWBIT_INLINE U32 operator>>(U32 a, int n) { return {a.v >> n}; }
+template <int bits>
+FEWBIT_INLINE F32 low_bits(U32 a) { return {float(a.v & ((1u << bits) - 1u))}; }
+
+#endif
+
+// ---- built from the above ----------------------------------------------------------------------
+
+FEWBIT_INLINE float reduce_min(F32 a) {
+  float r = lane(a, 0);
+  for (int i = 1; i < F32::width; ++i) r = lane(a, i) < r ? lane(a, i) : r;
+  return r;
+}
+FEWBIT_INLINE float reduce_max(F32 a) {
+  float r = lane(a, 0);
+  for (int i = 1; i < F32::width; ++i) r = lane(a, i) > r ? lane(a, i) : r;
+  return r;
+}
+
+// element<T*> is T: the type behind the tag that with_type passes.
+template <class T> struct Pointee;
+template <class T> struct Pointee<T*> { using type = T; };
+template <class P> using element = typename Pointee<P>::type;
+
+// Calls f with a null pointer of the element type that `t` names.
+template <class F>
+FEWBIT_INLINE void with_type(DType t, const F& f) {
+  switch (t) {
+    case DType::f32: f((float*)nullptr); break;
+    case DType::f16: f((Half*)nullptr); break;
+    case DType::bf16: f((BFloat16*)nullptr); break;
+  }
+}
+
+}  // namespace fewbit::cpu::FEWBIT_ISA

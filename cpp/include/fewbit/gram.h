@@ -1,0 +1,37 @@
+// Gram matrix of activations: G += X^T X.
+//
+// Each entry is one chain of fused multiply-adds over tokens in order, starting from the value
+// already in G: the result does not depend on threads, tiles or on how tokens were batched. Only
+// tiles on or above the diagonal are computed; the rest is mirrored, so G is exactly symmetric.
+#pragma once
+#include "fewbit/dtype.h"
+#include "fewbit/kernel.h"
+
+namespace fewbit {
+
+struct GramPanels {
+  const void* x;     // [tokens, channels] of dtype, row-major
+  float* out;        // [panels, tokens, 16], padding 0
+  DType dtype;
+  int64_t tokens;
+  int64_t channels;
+
+  FEWBIT_ALWAYS_INLINE int64_t tasks() const { return (channels + 15) / 16; }
+};
+
+FEWBIT_KERNEL(GramPanels)
+
+struct Gram {
+  const float* x;    // [panels, tokens, 16]: channel panels, padded with 0 (see GramPanels)
+  float* g;          // [channels, channels]
+  int64_t tokens;
+  int64_t channels;
+
+  static constexpr int64_t panel = 16;
+  FEWBIT_ALWAYS_INLINE int64_t panels() const { return (channels + panel - 1) / panel; }
+  FEWBIT_ALWAYS_INLINE int64_t tasks() const { return panels(); }  // one row of tiles each
+};
+
+FEWBIT_KERNEL(Gram)
+
+}  // namespace fewbit

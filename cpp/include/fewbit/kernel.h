@@ -1,0 +1,58 @@
+// How a kernel is declared, compiled once per instruction set, and chosen at run time.
+//
+// Every op has one args struct. FEWBIT_KERNEL(Args) declares its kernel in each ISA's namespace;
+// cpp/cpu/<op>.cpp defines it as FEWBIT_ISA::kernel and is compiled once per ISA. There is no
+// registration code and hence nothing that could run with instructions the CPU lacks.
+#pragma once
+#include <cstdint>
+
+namespace fewbit {
+
+enum class Isa : int { scalar = 0, avx2 = 1, avx512 = 2 };
+constexpr int isa_count = 3;
+
+template <class Args>
+using Kernel = void (*)(const Args&, int64_t begin, int64_t end);  // tasks [begin, end)
+
+namespace cpu {
+
+Isa isa();                        // the one in use
+Isa best_isa();                   // the best that this CPU and this build have
+void set_isa(Isa isa);            // trusts its argument: callers check against best_isa()
+const char* isa_name(Isa isa);    // "scalar", "avx2", "avx512"
+bool parse_isa(const char* name, Isa* isa);
+
+template <class Args>
+struct KernelTable;  // one constant table per args struct, made by FEWBIT_KERNEL
+
+template <class Args>
+Kernel<Args> kernel_for() {
+  return KernelTable<Args>::get(isa());
+}
+
+}  // namespace cpu
+}  // namespace fewbit
+
+#if defined(FEWBIT_HAS_X86)
+#define FEWBIT_KERNEL(Args)                                                   \
+  namespace cpu {                                                             \
+  namespace scalar { void kernel(const Args&, int64_t begin, int64_t end); }  \
+  namespace avx2 { void kernel(const Args&, int64_t begin, int64_t end); }    \
+  namespace avx512 { void kernel(const Args&, int64_t begin, int64_t end); }  \
+  template <> struct KernelTable<Args> {                                      \
+    static Kernel<Args> get(Isa isa) {                                        \
+      return isa == Isa::avx512 ? static_cast<Kernel<Args>>(&avx512::kernel)  \
+             : isa == Isa::avx2 ? static_cast<Kernel<Args>>(&avx2::kernel)    \
+                                : static_cast<Kernel<Args>>(&scalar::kernel); \
+    }                                                                         \
+  };                                                                          \
+  }
+#else
+#define FEWBIT_KERNEL(Args)                                                   \
+  namespace cpu {                                                             \
+  namespace scalar { void kernel(const Args&, int64_t begin, int64_t end); }  \
+  template <> struct KernelTable<Args> {                                      \
+    static Kernel<Args> get(Isa) { return &scalar::kernel; }                  \
+  };                                                                          \
+  }
+#endif

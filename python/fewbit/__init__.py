@@ -1,0 +1,1 @@
+"""fewbit: quantise language models after training."""

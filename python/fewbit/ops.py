@@ -1,0 +1,217 @@
+"""Every operator, typed and documented: the only file that says ``torch.ops``.
+
+Each op has a native CPU kernel (and CUDA where verified), a composite implementation in plain torch
+for every other device (reference.py), and a fake one, so that it traces under ``torch.compile`` and
+``torch.export``. Wrong arguments raise ValueError with the value and what is allowed.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import _C, reference  # noqa: F401  (importing _C registers the native kernels)
+
+__all__ = [
+    "act_stats",
+    "dequantize",
+    "gram",
+    "pack",
+    "pseudo_quantize",
+    "quantize",
+    "unpack",
+    "w4a16_linear",
+]
+
+_library = torch.library.Library("fewbit", "IMPL")
+
+
+def _composite(name: str) -> None:
+    """Register reference.<name> for the devices that have no native kernel."""
+    _library.impl(name, getattr(reference, name), "CompositeExplicitAutograd")
+
+
+def quantize(
+    w: Tensor,
+    bits: int = 4,
+    group_size: int = 128,
+    symmetric: bool = False,
+    scale_dtype: str = "float32",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes, scales and zero points of a float ``w`` [out_features, in_features].
+
+    ``w`` is float32, float16 or bfloat16. Returns ``q`` uint8 [out_features, in_features] in
+    0 .. 2**bits - 1, and ``scale`` of ``scale_dtype`` and ``zero_point`` uint8, both
+    [out_features, groups]. Rows are cut into groups of ``group_size`` columns (-1: the whole row;
+    the last group may be short); the range of a group is extended to hold 0; rounds half to even.
+    Equation: cpp/include/fewbit/grid.h. Raises ValueError for bits outside 2..8, a group_size of 0
+    or below -1, or w of another rank or dtype.
+    """
+    return torch.ops.fewbit.quantize(w, bits, group_size, symmetric, scale_dtype)
+
+
+@torch.library.register_fake("fewbit::quantize")
+def _(w, bits, group_size, symmetric, scale_dtype):
+    rows, columns = w.shape
+    groups = _count_groups(columns, group_size)
+    return (
+        w.new_empty((rows, columns), dtype=torch.uint8),
+        w.new_empty((rows, groups), dtype=getattr(torch, scale_dtype)),
+        w.new_empty((rows, groups), dtype=torch.uint8),
+    )
+
+
+def dequantize(
+    q: Tensor, scale: Tensor, zero_point: Tensor, group_size: int = 128, dtype: str = "float32"
+) -> Tensor:
+    """``(q - zero_point) * scale`` as [out_features, in_features] of ``dtype``.
+
+    Shapes and dtypes as ``quantize`` returns them; computed in float32 and rounded once.
+    """
+    return torch.ops.fewbit.dequantize(q, scale, zero_point, group_size, dtype)
+
+
+@torch.library.register_fake("fewbit::dequantize")
+def _(q, scale, zero_point, group_size, dtype):
+    return q.new_empty(q.shape, dtype=getattr(torch, dtype))
+
+
+def pseudo_quantize(
+    w: Tensor,
+    bits: int = 4,
+    group_size: int = 128,
+    symmetric: bool = False,
+    scale_dtype: str = "float32",
+) -> Tensor:
+    """Round ``w`` [out_features, in_features] to its grid and back to float, same shape and dtype.
+
+    Equals ``dequantize(*quantize(w, ...))`` bit for bit, in one pass. Errors as ``quantize``.
+    """
+    return torch.ops.fewbit.pseudo_quantize(w, bits, group_size, symmetric, scale_dtype)
+
+
+@torch.library.register_fake("fewbit::pseudo_quantize")
+def _(w, bits, group_size, symmetric, scale_dtype):
+    return w.new_empty(w.shape)
+
+
+def pack(
+    q: Tensor, scale: Tensor, zero_point: Tensor, bits: int = 4, group_size: int = 128
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Canonical codes (as ``quantize`` returns them) to the layout that the matrix kernels read.
+
+    Returns ``packed`` int32 [words], ``scale`` [panels, groups, 16] and ``zero_point``
+    [panels, groups, 16], panels = ceil(out_features / 16); layout: cpp/include/fewbit/layout.h.
+    ``bits`` is 2, 3, 4 or 8. Raises ValueError for codes out of range or shapes that disagree.
+    """
+    return torch.ops.fewbit.pack(q, scale, zero_point, bits, group_size)
+
+
+@torch.library.register_fake("fewbit::pack")
+def _(q, scale, zero_point, bits, group_size):
+    rows, columns = q.shape
+    panels = -(-rows // 16)
+    groups = _count_groups(columns, group_size)
+    words = panels * _panel_words(columns, bits, group_size)
+    return (
+        q.new_empty((words,), dtype=torch.int32),
+        scale.new_empty((panels, groups, 16)),
+        zero_point.new_empty((panels, groups, 16)),
+    )
+
+
+def unpack(
+    packed: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    out_features: int,
+    in_features: int,
+    bits: int = 4,
+    group_size: int = 128,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The inverse of ``pack``: canonical ``q``, ``scale`` and ``zero_point``."""
+    return torch.ops.fewbit.unpack(
+        packed, scale, zero_point, out_features, in_features, bits, group_size
+    )
+
+
+@torch.library.register_fake("fewbit::unpack")
+def _(packed, scale, zero_point, out_features, in_features, bits, group_size):
+    groups = scale.shape[1]
+    return (
+        packed.new_empty((out_features, in_features), dtype=torch.uint8),
+        scale.new_empty((out_features, groups)),
+        zero_point.new_empty((out_features, groups)),
+    )
+
+
+def act_stats(x: Tensor, sum_abs: Tensor, max_abs: Tensor) -> None:
+    """Add ``x`` [tokens, channels] to running statistics, in place.
+
+    ``sum_abs`` float64 [channels] += sum over tokens of |x|; ``max_abs`` float32 [channels]
+    becomes the larger of itself and max |x|. Sums run over tokens in order, so the result does not
+    depend on threads or batching. A NaN in a channel makes both of its entries NaN.
+    """
+    torch.ops.fewbit.act_stats(x, sum_abs, max_abs)
+
+
+@torch.library.register_fake("fewbit::act_stats")
+def _(x, sum_abs, max_abs):
+    return None
+
+
+def gram(x: Tensor, g: Tensor) -> None:
+    """``g`` float32 [channels, channels] += x^T x for ``x`` [tokens, channels], in place.
+
+    On the CPU every entry is one chain of fused multiply-adds over tokens in order: the result is
+    exactly symmetric and does not depend on threads or on how tokens were batched.
+    """
+    torch.ops.fewbit.gram(x, g)
+
+
+@torch.library.register_fake("fewbit::gram")
+def _(x, g):
+    return None
+
+
+def w4a16_linear(
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    bias: Tensor | None,
+    out_features: int,
+    bits: int = 4,
+    group_size: int = 128,
+) -> Tensor:
+    """``x`` [tokens, in_features] times packed weights: [tokens, out_features] of the type of x.
+
+    Weights of 2, 3, 4 or 8 bits as ``pack`` returns them; ``bias`` [out_features] or None. float32,
+    float16 and bfloat16 in and out, float32 accumulation, scaled before narrowing.
+    """
+    return torch.ops.fewbit.w4a16_linear(
+        x, packed, scale, zero_point, bias, out_features, bits, group_size
+    )
+
+
+@torch.library.register_fake("fewbit::w4a16_linear")
+def _(x, packed, scale, zero_point, bias, out_features, bits, group_size):
+    return x.new_empty((x.shape[0], out_features))
+
+
+def _count_groups(columns: int, group_size: int) -> int:
+    return -(-columns // reference.resolve_group(group_size, columns))
+
+
+def _panel_words(columns: int, bits: int, group_size: int) -> int:
+    """32-bit words of one panel of 16 rows (layout.h)."""
+    group = reference.resolve_group(group_size, columns)
+    groups, unit = -(-columns // group), reference.unit_columns(bits)
+    if groups == 0:
+        return 0
+    units = (groups - 1) * -(-group // unit) + -(-(columns - (groups - 1) * group) // unit)
+    return units * (3 if bits == 3 else 1) * 16
+
+
+for _name in __all__:
+    _composite(_name)

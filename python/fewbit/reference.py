@@ -1,0 +1,213 @@
+"""Every operator in plain torch: what the fast kernels must agree with, on any device.
+
+These are the oracle of the tests and, registered as composite implementations (ops.py), the kernel
+of every device that has no native one. Read them first: they are the shortest statement of what
+fewbit computes. Quantisation here and in the kernels is the same bit for bit; sums differ by
+rounding only.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+_MAX_HALF = 65504.0
+_PANEL = 16  # rows per panel of the packed layout (cpp/include/fewbit/layout.h)
+
+
+def resolve_group(group_size: int, columns: int) -> int:
+    """The group size in columns: -1, or anything longer than the row, is the row."""
+    if group_size != -1 and group_size < 1:
+        raise ValueError(f"group_size must be -1 (whole row) or at least 1, got {group_size}")
+    row = max(columns, 1)
+    return row if group_size == -1 or group_size > row else group_size
+
+
+def _groups(w: Tensor, group: int) -> Tensor:
+    """[rows, columns] -> [rows, groups, group], the last group filled up with zeros.
+
+    A zero changes no range, because every range holds 0 anyway.
+    """
+    rows, columns = w.shape
+    count = -(-columns // group)
+    return F.pad(w, (0, count * group - columns)).reshape(rows, count, group)
+
+
+def _round_scale(s: Tensor, scale_dtype: str) -> Tensor:
+    """To what the storage type can hold, never to 0 or infinity (cpp/cpu/grid.h)."""
+    if scale_dtype == "float16":
+        tiny = (s * 2.0**24).ceil() * 2.0**-24  # subnormals: rounding up keeps the range
+        return torch.where(s < 2.0**-14, tiny, s.clamp(max=_MAX_HALF).to(torch.float16).float())
+    if scale_dtype == "bfloat16":
+        return s.clamp(max=torch.finfo(torch.bfloat16).max).to(torch.bfloat16).float()
+    return s
+
+
+def fit_grid(
+    w: Tensor, bits: int, group_size: int, symmetric: bool, scale_dtype: str = "float32"
+) -> tuple[Tensor, Tensor]:
+    """Scale and zero point, float32 [rows, groups], of every group; equation in fewbit/grid.h."""
+    groups = _groups(w.float(), resolve_group(group_size, w.shape[1]))
+    qmax = 2.0**bits - 1
+    if groups.numel():
+        lo, hi = groups.amin(-1).clamp(max=0.0), groups.amax(-1).clamp(min=0.0)
+    else:
+        lo = hi = groups.new_zeros(groups.shape[:2])
+    if symmetric:
+        hi = torch.maximum(-lo, hi)
+        lo = -hi
+    span = hi - lo
+    s = torch.where(span <= torch.finfo(torch.float32).max, span / qmax, hi / qmax - lo / qmax)
+    s = _round_scale(s.clamp(min=torch.finfo(torch.float32).tiny), scale_dtype)
+    s = torch.where(span > 0, s, torch.ones_like(s))
+    if symmetric:
+        z = torch.full_like(s, 2.0 ** (bits - 1))
+    else:
+        z = (-lo / s).round().clamp(0, qmax)
+    return s, z
+
+
+def quantize(
+    w: Tensor, bits: int, group_size: int, symmetric: bool, scale_dtype: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q = clamp(round(w / s) + z, 0, 2^bits - 1), with s and z as they will be stored."""
+    s, z = fit_grid(w, bits, group_size, symmetric, scale_dtype)
+    rows, columns = w.shape
+    groups = _groups(w.float(), resolve_group(group_size, columns))
+    q = ((groups / s[..., None]).round() + z[..., None]).clamp(0, 2.0**bits - 1)
+    q = q.reshape(rows, s.shape[1] * groups.shape[2])[:, :columns]
+    return q.to(torch.uint8).contiguous(), s.to(getattr(torch, scale_dtype)), z.to(torch.uint8)
+
+
+def dequantize(q: Tensor, scale: Tensor, zero_point: Tensor, group_size: int, dtype: str) -> Tensor:
+    """w = (q - z) s in float32, rounded once to ``dtype``."""
+    rows, columns = q.shape
+    groups = _groups(q.float(), resolve_group(group_size, columns))
+    w = (groups - zero_point.float()[..., None]) * scale.float()[..., None]
+    w = w.reshape(rows, w.shape[1] * w.shape[2])[:, :columns]
+    return w.to(getattr(torch, dtype)).contiguous()
+
+
+def pseudo_quantize(
+    w: Tensor, bits: int, group_size: int, symmetric: bool, scale_dtype: str
+) -> Tensor:
+    """Quantise and dequantise."""
+    q, s, z = quantize(w, bits, group_size, symmetric, scale_dtype)
+    return dequantize(q, s, z, group_size, str(w.dtype).removeprefix("torch."))
+
+
+def act_stats(x: Tensor, sum_abs: Tensor, max_abs: Tensor) -> None:
+    """sum_abs += sum |x|, max_abs = max(max_abs, |x|) over rows, in place."""
+    magnitude = x.abs()
+    sum_abs += magnitude.double().sum(0)
+    if x.shape[0]:
+        torch.maximum(max_abs, magnitude.float().amax(0), out=max_abs)
+
+
+def gram(x: Tensor, g: Tensor) -> None:
+    """g += x^T x, in place."""
+    x = x.float()
+    g += x.T @ x
+
+
+# ---- the packed layout (cpp/include/fewbit/layout.h) ---------------------------------------------
+
+
+def unit_columns(bits: int) -> int:
+    """Columns of the least number of codes that fills whole 32-bit words."""
+    return 32 if bits == 3 else 32 // bits
+
+
+def _shift(bits: int, i: Tensor) -> Tensor:
+    return 8 * (i % 4) + bits * (i // 4)
+
+
+def _field_planes(bits: int) -> list[tuple[int, int, int]]:
+    """(bits of the field, its lowest bit in the code, columns per word) of every plane."""
+    return [(2, 0, 16), (1, 2, 32)] if bits == 3 else [(bits, 0, 32 // bits)]
+
+
+def pack(
+    q: Tensor, scale: Tensor, zero_point: Tensor, bits: int, group_size: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Canonical codes to panels of 16 rows; groups start on unit boundaries."""
+    rows, columns = q.shape
+    group = resolve_group(group_size, columns)
+    panels, groups, unit = -(-rows // _PANEL), -(-columns // group), unit_columns(bits)
+    # [rows, groups, group] -> pad every group to whole units, drop the tail of a short last group
+    padded_group = -(-group // unit) * unit
+    codes = F.pad(_groups(q.long(), group), (0, padded_group - group))
+    codes = codes.reshape(rows, groups * padded_group)
+    last = columns - (groups - 1) * group
+    if groups:
+        codes = codes[:, : (groups - 1) * padded_group + -(-last // unit) * unit]
+    units = codes.shape[1] // unit
+    codes = F.pad(codes, (0, 0, 0, panels * _PANEL - rows)).reshape(panels, _PANEL, units, unit)
+    words = []
+    for field, low, per_word in _field_planes(bits):
+        i = torch.arange(per_word, device=q.device)
+        part = (codes >> low) & ((1 << field) - 1)
+        part = part.reshape(panels, _PANEL, units, unit // per_word, per_word)
+        words.append((part << _shift(field, i)).sum(-1))
+    packed = torch.cat(words, dim=-1).permute(0, 2, 3, 1).reshape(-1)
+    packed = torch.where(packed >= 2**31, packed - 2**32, packed).to(torch.int32)
+
+    def to_panels(t: Tensor) -> Tensor:
+        t = F.pad(t, (0, 0, 0, panels * _PANEL - rows))
+        return t.reshape(panels, _PANEL, groups).transpose(1, 2).contiguous()
+
+    return packed, to_panels(scale), to_panels(zero_point)
+
+
+def unpack(
+    packed: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    out_features: int,
+    in_features: int,
+    bits: int,
+    group_size: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The inverse of ``pack``."""
+    group = resolve_group(group_size, in_features)
+    panels, groups = scale.shape[0], scale.shape[1]
+    unit = unit_columns(bits)
+    per_unit = sum(unit // per_word for _, _, per_word in _field_planes(bits))
+    units = packed.numel() // max(panels * per_unit * _PANEL, 1)
+    words = packed.long().remainder(2**32).reshape(panels, units, per_unit, _PANEL)
+    codes = torch.zeros(panels, _PANEL, units, unit, dtype=torch.long, device=packed.device)
+    first = 0
+    for field, low, per_word in _field_planes(bits):
+        i = torch.arange(per_word, device=packed.device)
+        count = unit // per_word
+        plane = words[:, :, first : first + count].permute(0, 3, 1, 2)[..., None]
+        part = (plane >> _shift(field, i)) & ((1 << field) - 1)
+        codes |= part.reshape(panels, _PANEL, units, unit) << low
+        first += count
+    codes = codes.reshape(panels * _PANEL, units * unit)[:out_features]
+    padded_group = -(-group // unit) * unit
+    codes = F.pad(codes, (0, groups * padded_group - codes.shape[1]))
+    codes = codes.reshape(out_features, groups, padded_group)[:, :, :group]
+    codes = codes.reshape(out_features, groups * group)[:, :in_features]
+
+    def to_rows(t: Tensor) -> Tensor:
+        return t.transpose(1, 2).reshape(panels * _PANEL, groups)[:out_features].contiguous()
+
+    return codes.to(torch.uint8).contiguous(), to_rows(scale), to_rows(zero_point)
+
+
+def w4a16_linear(
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    bias: Tensor | None,
+    out_features: int,
+    bits: int,
+    group_size: int,
+) -> Tensor:
+    """x W^T + bias with W = (q - z) s, in float32, rounded once to the type of x."""
+    q, s, z = unpack(packed, scale, zero_point, out_features, x.shape[1], bits, group_size)
+    w = dequantize(q, s, z, group_size, "float32")
+    return F.linear(x.float(), w, None if bias is None else bias.float()).to(x.dtype)

@@ -1,0 +1,57 @@
+"""sum_abs += sum |x|, max_abs = max(max_abs, |x|), per channel."""
+
+import pytest
+import torch
+
+from fewbit import ops
+from grids import DTYPES
+
+
+def stats_of(x, *cuts):
+    total = torch.zeros(x.shape[1], dtype=torch.float64)
+    top = torch.zeros(x.shape[1])
+    for part in torch.tensor_split(x, cuts):
+        ops.act_stats(part, total, top)
+    return total, top
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "tokens, channels", [(1, 1), (7, 63), (33, 65), (100, 300), (0, 5), (4, 0)]
+)
+def test_matches_float64(isa, tokens, channels, dtype):
+    x = torch.randn(tokens, channels).to(dtype)
+    total, top = stats_of(x)
+    exact = x.double().abs()
+    # |float64 sum - exact| <= tokens * 2^-53 * sum
+    assert bool(((total - exact.sum(0)).abs() <= tokens * 2.0**-53 * exact.sum(0)).all())
+    assert torch.equal(top.double(), exact.amax(0) if tokens else torch.zeros(channels).double())
+
+
+def test_independent_of_batching_and_threads(isa):
+    x = torch.randn(97, 200)
+    whole = stats_of(x)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    parts = stats_of(x, 1, 5, 50)
+    torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True))
+
+
+def test_a_nan_shows(isa):
+    x = torch.randn(9, 70)
+    x[4, 66] = float("nan")
+    total, top = stats_of(x)
+    assert total.isnan().nonzero().tolist() == [[66]] and top.isnan().nonzero().tolist() == [[66]]
+
+
+def test_is_a_proper_torch_op():
+    arguments = (torch.randn(5, 6), torch.zeros(6, dtype=torch.float64), torch.zeros(6))
+    torch.library.opcheck(torch.ops.fewbit.act_stats.default, arguments)
+
+
+def test_says_what_is_wrong():
+    with pytest.raises(ValueError, match=r"sum_abs must have shape \[4\], got \[3\]"):
+        ops.act_stats(torch.randn(2, 4), torch.zeros(3, dtype=torch.float64), torch.zeros(4))
+    with pytest.raises(ValueError, match="sum_abs must be Double, got Float"):
+        ops.act_stats(torch.randn(2, 4), torch.zeros(4), torch.zeros(4))
