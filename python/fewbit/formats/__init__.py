@@ -9,16 +9,30 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from ..errors import CheckpointError, UnsupportedError
-from . import compressed_tensors
+from . import awq, bitsandbytes, compressed_tensors, gptq, smooth_quant
 from .base import Format, Plan, Rule, Spec, field
 
 __all__ = ["Format", "Plan", "Rule", "Spec", "WRITERS", "get", "parse"]
 
 WRITERS: dict[str, Format] = {
     format.name: format
-    for format in (compressed_tensors.PackQuantized(), compressed_tensors.IntQuantized())
+    for format in (
+        compressed_tensors.PackQuantized(),
+        compressed_tensors.IntQuantized(),
+        awq.Gemm(),
+        gptq.Gptq(),
+        gptq.GptqV2(),
+        bitsandbytes.LlmInt8(),
+        smooth_quant.SmoothQuant(),
+    )
 }
-READERS = {"compressed-tensors": compressed_tensors.parse}
+READERS = {
+    "compressed-tensors": compressed_tensors.parse,
+    "awq": awq.parse,
+    "gptq": gptq.parse,
+    "bitsandbytes": bitsandbytes.parse,
+    "smooth_quant": smooth_quant.parse,
+}
 
 
 def get(name: str) -> Format:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from dataclasses import field as dataclass_field
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -111,12 +112,14 @@ class Plan:
     """What a ``quantization_config`` says: the format, and the scheme of each module.
 
     The first matching rule holds. Whether a module *is* quantised is for its tensors to say, as
-    engines do: skip lists are spelt differently by every tool.
+    engines do: skip lists are spelt differently by every tool. ``notes`` are said to the user;
+    ``settings`` is what else the format's ``config`` would need to write the same again.
     """
 
     format: Format
     rules: tuple[Rule, ...]
     notes: tuple[str, ...] = ()
+    settings: Mapping[str, Any] = dataclass_field(default_factory=dict)
 
     def scheme_of(self, name: str) -> Scheme | None:
         for rule in self.rules:
@@ -153,6 +156,17 @@ def scheme_or_error(**values: Any) -> Scheme:
         return Scheme(**values)
     except ValueError as error:
         raise CheckpointError(f"the quantization_config is not usable: {error}") from error
+
+
+def only_scheme(schemes: Mapping[str, Scheme], where: str) -> Scheme:
+    """The one scheme of all modules, for formats whose config holds no more."""
+    found = set(schemes.values())
+    if len(found) != 1:
+        raise UnsupportedError(
+            f"{where} holds one scheme a model, not {sorted(map(str, found))}; compressed-tensors "
+            "holds several"
+        )
+    return found.pop()
 
 
 def groups_fit(scheme: Scheme, k: int) -> bool:
