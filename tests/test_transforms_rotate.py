@@ -35,7 +35,7 @@ def change(model, transform):
 COMBINATIONS = {
     "r1": dict(r2=None),
     "r1 r2": {},
-    "r1 r2 r4": dict(r4="hadamard"),
+    "r1 r2 r4": dict(r4="random-hadamard"),
     "all": dict(r3="hadamard", r4="hadamard"),
     "r2 only": dict(r1=None),
 }

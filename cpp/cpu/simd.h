@@ -109,6 +109,19 @@ FEWBIT_INLINE F32 round(F32 a) {
 FEWBIT_INLINE F32 fma(F32 a, F32 b, F32 c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 FEWBIT_INLINE F32 fnma(F32 a, F32 b, F32 c) { return {_mm512_fnmadd_ps(a.v, b.v, c.v)}; }
 FEWBIT_INLINE float lane(F32 a, int i) { float t[16]; a.store(t); return t[i]; }
+// Butterflies inside a vector, on strides 1, 2, .. width / 2: lane i becomes a[i] + a[i + stride],
+// lane i + stride becomes a[i] - a[i + stride].
+FEWBIT_INLINE F32 butterflies(F32 a) {
+  const __m512 minus = _mm512_set1_ps(-0.0f);
+  const auto step = [&](__m512 swapped, __mmask16 second) {
+    a.v = _mm512_add_ps(swapped, _mm512_mask_xor_ps(a.v, second, a.v, minus));
+  };
+  step(_mm512_permute_ps(a.v, 0xB1), 0xAAAA);
+  step(_mm512_permute_ps(a.v, 0x4E), 0xCCCC);
+  step(_mm512_shuffle_f32x4(a.v, a.v, 0xB1), 0xF0F0);
+  step(_mm512_shuffle_f32x4(a.v, a.v, 0x4E), 0xFF00);
+  return a;
+}
 
 FEWBIT_INLINE U32 load_u32(const uint32_t* p) { return {_mm512_loadu_si512(p)}; }
 FEWBIT_INLINE U32 operator>>(U32 a, int n) { return {_mm512_srli_epi32(a.v, unsigned(n))}; }
@@ -185,6 +198,16 @@ FEWBIT_INLINE F32 round(F32 a) {
 FEWBIT_INLINE F32 fma(F32 a, F32 b, F32 c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
 FEWBIT_INLINE F32 fnma(F32 a, F32 b, F32 c) { return {_mm256_fnmadd_ps(a.v, b.v, c.v)}; }
 FEWBIT_INLINE float lane(F32 a, int i) { float t[8]; a.store(t); return t[i]; }
+FEWBIT_INLINE F32 butterflies(F32 a) {
+  const auto step = [&](__m256 swapped, __m256 minus) {
+    a.v = _mm256_add_ps(swapped, _mm256_xor_ps(a.v, minus));
+  };
+  step(_mm256_permute_ps(a.v, 0xB1), _mm256_setr_ps(0, -0.0f, 0, -0.0f, 0, -0.0f, 0, -0.0f));
+  step(_mm256_permute_ps(a.v, 0x4E), _mm256_setr_ps(0, 0, -0.0f, -0.0f, 0, 0, -0.0f, -0.0f));
+  step(_mm256_permute2f128_ps(a.v, a.v, 1),
+       _mm256_setr_ps(0, 0, 0, 0, -0.0f, -0.0f, -0.0f, -0.0f));
+  return a;
+}
 
 FEWBIT_INLINE U32 load_u32(const uint32_t* p) { return {_mm256_loadu_si256((const __m256i*)p)}; }
 FEWBIT_INLINE U32 operator>>(U32 a, int n) { return {_mm256_srli_epi32(a.v, n)}; }
@@ -223,6 +246,7 @@ FEWBIT_INLINE F32 round(F32 a) { return {round_even(a.v)}; }
 FEWBIT_INLINE F32 fma(F32 a, F32 b, F32 c) { return {__builtin_fmaf(a.v, b.v, c.v)}; }
 FEWBIT_INLINE F32 fnma(F32 a, F32 b, F32 c) { return {__builtin_fmaf(-a.v, b.v, c.v)}; }
 FEWBIT_INLINE float lane(F32 a, int) { return a.v; }
+FEWBIT_INLINE F32 butterflies(F32 a) { return a; }
 
 FEWBIT_INLINE U32 load_u32(const uint32_t* p) { return {*p}; }
 FEWBIT_INLINE U32 operator>>(U32 a, int n) { return {a.v >> n}; }

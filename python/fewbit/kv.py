@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from .errors import MissingExtraError, UnsupportedError, UsageError
-from .hadamard import plan, transform
+from .online import OnlineHadamard
+from .orthogonal import rotation
 
 SLOT = "online_kv"
 PREFIX = "fewbit_"
@@ -80,16 +81,17 @@ class OnlineKV(nn.Module):
             raise UsageError(f"kv bits must be 16 (float) or in 2..8, got {bits}")
         self.width, self.rotate, self.bits = width, rotate, bits
         self.symmetric, self.clip = symmetric, clip
+        self.hadamard = OnlineHadamard(rotation(width))
         self.from_cache = False  # set by QuantizedCache: k and v arrive rotated and quantised
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         if self.rotate:
-            q = transform(q, plan(self.width))
+            q = self.hadamard(q)
         if self.from_cache:
             self.from_cache = False
             return q, k, v
         if self.rotate:
-            k = transform(k, plan(self.width))
+            k = self.hadamard(k)
         if self.bits < 16:
             k, v = self.through(k), self.through(v)
         return q, k, v

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .errors import MissingExtraError, UnsupportedError
 from .families import decoder_layers, describe
-from .hadamard import plan, transform
+from .hadamard import transform
 from .kv import SLOT, KVCodes, OnlineKV, head_dim, kv_values
 
 try:
@@ -55,7 +55,7 @@ class QuantizedLayer(DynamicLayer):
             self.keys, self.values = self.keys.to(torch.uint8), self.values.to(torch.uint8)
         self.widths = (key_states.shape[-1], value_states.shape[-1])
         if online.rotate:
-            key_states = transform(key_states, plan(online.width))
+            key_states = online.hadamard(key_states)
         for name, new in (("keys", key_states), ("values", value_states)):
             rows = _pack(online.codes(new), online.bits)
             setattr(self, name, torch.cat([getattr(self, name), rows], dim=-2))
@@ -66,7 +66,7 @@ class QuantizedLayer(DynamicLayer):
         if self.owner is not None:  # its attention rotates the query instead
             self.owner.from_cache = True
         elif online.rotate:
-            keys = transform(keys, plan(online.width), inverse=True)
+            keys = transform(keys, online.hadamard.plan, inverse=True)
         return keys, values
 
     def nbytes(self) -> int:

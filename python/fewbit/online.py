@@ -10,26 +10,51 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from . import hadamard
+from . import hadamard, ops
 from .errors import UsageError
+from .orthogonal import Rotation
 
 SLOTS = ("online_hadamard", "online_quant")  # in the order in which they are applied
 
 
-class OnlineHadamard(nn.Module):
-    """x -> x H, the orthogonal matrix of ``hadamard.plan(width)`` (QuaRot's R4)."""
+def _run(x: Tensor, base: Tensor | None, signs: Tensor | None) -> Tensor:
+    return ops.hadamard(x.reshape(-1, x.shape[-1]), base, signs).reshape(x.shape)
 
-    def __init__(self, width: int) -> None:
+
+class OnlineHadamard(nn.Module):
+    """x -> (x signs) H for the matrix H of ``hadamard.plan(width)`` (QuaRot's R4).
+
+    Signs keep the sum of all channels, large behind a ReLU, from meeting a row of ones.
+    """
+
+    def __init__(self, rotation: Rotation) -> None:
         super().__init__()
-        self.width = width
-        self.plan = hadamard.plan(width)
+        self.plan = rotation.plan
+        signs, base = rotation.signs, None
+        if self.plan.m > 1:
+            exact = self.plan.exact
+            base = hadamard.hadamard_matrix(self.plan.m) if exact else self.plan.base.float()
+        self.register_buffer("base", base, persistent=False)
+        signs = None if signs is None else signs.to(torch.int8)
+        self.register_buffer("signs", signs, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return hadamard.transform(x, self.plan)
+        if x.dtype == torch.float64:  # the operator is float32 inside
+            x = x if self.signs is None else x * self.signs
+            return hadamard.transform(x, self.plan)
+        return _run(x, self.base, self.signs)
+
+    def _apply(self, fn, recurse=True):
+        # A rounded base would no longer be orthogonal: it moves with the model, but stays float32.
+        base = self.base
+        super()._apply(fn, recurse)
+        if base is not None and self.base.dtype != base.dtype:
+            self.base = base.to(self.base.device)
+        return self
 
     def extra_repr(self) -> str:
         kind = "Hadamard" if self.plan.exact else "Hartley"
-        return f"{self.width} = {self.plan.m} ({kind}) x 2^{self.plan.k}"
+        return f"{self.plan.n} = {self.plan.m} ({kind}) x 2^{self.plan.k}"
 
 
 def _before(linear: nn.Module, args: tuple) -> tuple:

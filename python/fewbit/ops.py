@@ -16,6 +16,7 @@ __all__ = [
     "act_stats",
     "dequantize",
     "gram",
+    "hadamard",
     "pack",
     "pseudo_quantize",
     "quantize",
@@ -172,6 +173,22 @@ def gram(x: Tensor, g: Tensor) -> None:
 @torch.library.register_fake("fewbit::gram")
 def _(x, g):
     return None
+
+
+def hadamard(x: Tensor, base: Tensor | None = None, signs: Tensor | None = None) -> Tensor:
+    """Orthogonal transform of each row of ``x`` [rows, width]: (x signs) (base (x) H) / sqrt.
+
+    The width, at most 32768, is m 2^k; H is Sylvester's matrix of order 2^k. ``base`` [m, m]: a
+    Hadamard matrix as int8 +1 and -1, or any orthogonal matrix as float32; None where m is 1.
+    ``signs`` int8 [width] of +1 and -1. float32, float16 or bfloat16 in and out, float32 inside,
+    one rounding at the end (cpp/include/fewbit/hadamard.h). ``hadamard.plan`` chooses the base.
+    """
+    return torch.ops.fewbit.hadamard(x, base, signs)
+
+
+@torch.library.register_fake("fewbit::hadamard")
+def _(x, base, signs):
+    return x.new_empty(x.shape)
 
 
 def w4a16_linear(

@@ -111,6 +111,23 @@ def gram(x: Tensor, g: Tensor) -> None:
     g += x.T @ x
 
 
+def hadamard(x: Tensor, base: Tensor | None, signs: Tensor | None) -> Tensor:
+    """(x signs) (base (x) H_{2^k}) / sqrt(2^k), an int8 base over sqrt(m); float32 inside."""
+    rows, width = x.shape
+    y = x.float() if signs is None else x.float() * signs.float()
+    m = 1 if base is None else base.shape[0]
+    half = 1
+    while half < width // m:
+        y = y.reshape(-1, 2, half)
+        y = torch.stack((y[:, 0] + y[:, 1], y[:, 0] - y[:, 1]), dim=1)
+        half *= 2
+    scale = (width // m) ** -0.5
+    if base is not None:
+        scale *= m**-0.5 if base.dtype == torch.int8 else 1.0
+        y = torch.einsum("im,tib->tmb", base.float(), y.reshape(rows, m, width // m))
+    return (y * scale).reshape(rows, width).to(x.dtype)
+
+
 # ---- the packed layout (cpp/include/fewbit/layout.h) ---------------------------------------------
 
 

@@ -1,12 +1,13 @@
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import random_codes, same
+
 from fewbit import formats
 from fewbit.errors import CheckpointError, UnsupportedError
 from fewbit.formats.awq import VERSIONS, Gemm, Gemv, GemvFast, deinterleave, interleave
 from fewbit.scheme import Codes, Scheme
-from hypothesis import given
-from hypothesis import strategies as st
-from strategies import random_codes, same
 
 GEMM = Gemm()
 

@@ -2,14 +2,15 @@ import warnings
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import random_codes, same
+
 from fewbit import formats
 from fewbit.errors import CheckpointError, UnsupportedError
 from fewbit.formats import bits as fields
 from fewbit.formats.gptq import Gptq, GptqV2, column_order
 from fewbit.scheme import Codes, Scheme
-from hypothesis import given
-from hypothesis import strategies as st
-from strategies import random_codes, same
 
 V1, V2 = Gptq(), GptqV2()
 ONE = {2: 0x55555555, 4: 0x11111111, 8: 0x01010101}

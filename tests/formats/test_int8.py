@@ -4,12 +4,13 @@ import json
 
 import pytest
 import torch
+from strategies import random_codes, same
+
 from fewbit import formats
 from fewbit.errors import CheckpointError, UnsupportedError
 from fewbit.formats.bitsandbytes import LLM_INT8, Bnb4, LlmInt8, row_absmax
 from fewbit.formats.compressed_tensors import IntQuantized
 from fewbit.formats.smooth_quant import SmoothQuant
-from strategies import random_codes, same
 
 ALL = [LlmInt8(), SmoothQuant(), IntQuantized()]
 

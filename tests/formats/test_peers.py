@@ -8,12 +8,13 @@ import importlib
 
 import pytest
 import torch
+from strategies import dequantize, random_codes, same
+
 from fewbit.formats.awq import Gemm, Gemv, GemvFast
 from fewbit.formats.bitsandbytes import LLM_INT8, Bnb4, LlmInt8
 from fewbit.formats.compressed_tensors import IntQuantized, PackQuantized
 from fewbit.formats.gptq import Gptq, GptqV2
 from fewbit.scheme import Scheme
-from strategies import dequantize, random_codes, same
 
 
 def peer(module):

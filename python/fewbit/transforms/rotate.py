@@ -33,7 +33,7 @@ class Rotate(Transform):
     """Fold norms, then rotate. Each of r1..r4 is a kind of ``orthogonal.KINDS``, or None.
 
     ``r1`` may be a matrix [hidden, hidden], ``r2`` one [head_dim, head_dim] or one per layer;
-    ``r3`` and ``r4`` are "hadamard" or None. ``keeps_mean``: on LayerNorm models take an R1 with
+    ``r3`` is "hadamard" or None, ``r4`` "hadamard", "random-hadamard" or None. ``keeps_mean``: on LayerNorm models take an R1 with
     R1 1 = 1, so that the norms stay LayerNorms and the result loads in plain transformers; False
     removes the means instead and puts ``fold.RMSNorm`` in their place.
     """
@@ -47,9 +47,10 @@ class Rotate(Transform):
         seed: int = 0,
         keeps_mean: bool = True,
     ) -> None:
-        for name, kind in (("r3", r3), ("r4", r4)):
-            if kind not in (None, "hadamard"):
-                raise UsageError(f'{name} must be "hadamard" or None, got {kind!r}')
+        if r3 not in (None, "hadamard"):
+            raise UsageError(f'r3 must be "hadamard" or None, got {r3!r}')
+        if r4 not in (None, "hadamard", "random-hadamard"):
+            raise UsageError(f'r4 must be "hadamard", "random-hadamard" or None, got {r4!r}')
         self.r1, self.r2, self.r3, self.r4 = r1, r2, r3, r4
         self.seed, self.keeps_mean = seed, keeps_mean
         self._cache: dict[tuple, Rotation] = {}
@@ -134,9 +135,9 @@ class Rotate(Transform):
                     self._attention(layer, sub, context)
                 elif self.r4:
                     down = linears[sub.writes]
-                    online = OnlineHadamard(down.in_features)
-                    down.weight.data = rotation(down.in_features).right(down.weight.data)
-                    attach(down, "online_hadamard", online)
+                    r4 = rotation(down.in_features, self.r4, self.seed + 1000 + context.index)
+                    down.weight.data = r4.right(down.weight.data)
+                    attach(down, "online_hadamard", OnlineHadamard(r4))
 
     def _attention(self, layer: nn.Module, sub: Sublayer, context: LayerContext) -> None:
         dim = head_dim(context.config)

@@ -1,0 +1,100 @@
+"""y = (x signs) (B (x) H_{2^k}) / sqrt(n), n = m 2^k, against the dense float64 product."""
+
+import pytest
+import torch
+
+from fewbit import _C, ops, reference
+from fewbit.hadamard import hadamard_matrix, plan, transform
+
+# 1, below and at a vector, each path of the base (2^k below 16, 16, above), short last output block
+WIDTHS = [1, 2, 8, 16, 32, 12, 48, 96, 192, 384, 640, 172 * 16, 137, 3 * 64, 7 * 16, 4096, 428 * 32]
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+def base_of(n):
+    p = plan(n)
+    if p.m == 1:
+        return None
+    return hadamard_matrix(p.m) if p.exact else p.base.float()
+
+
+def signs_of(n):
+    return (torch.randint(0, 2, (n,)) * 2 - 1).to(torch.int8)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n", WIDTHS)
+def test_error_is_within_twice_torchs(isa, n, dtype):
+    x, base, signs = torch.randn(5, n).to(dtype), base_of(n), signs_of(n)
+    want = transform(x.double() * signs, plan(n))
+    ours = (ops.hadamard(x, base, signs).double() - want).abs().max()
+    torchs = (reference.hadamard(x, base, signs).double() - want).abs().max()
+    # A width whose few sums torch happens to round luckily: one unit of the largest entry.
+    floor = torch.finfo(dtype).eps * want.abs().max()
+    assert float(ours) <= max(2 * float(torchs), float(floor))
+
+
+@pytest.mark.parametrize("n", WIDTHS)
+def test_same_bits_on_every_isa_and_number_of_threads(n):
+    x, base = torch.randn(64, n), base_of(n)
+    before, threads, results = _C.isa(), torch.get_num_threads(), []
+    for name in _C.available_isas():
+        _C.set_isa(name)
+        results.append(ops.hadamard(x, base))
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        results.append(ops.hadamard(x, base))
+    _C.set_isa(before)
+    torch.set_num_threads(threads)
+    assert all(torch.equal(results[0], r) for r in results[1:])
+
+
+@pytest.mark.parametrize("n", [16, 20, 344, 1024])
+def test_is_orthogonal(isa, n):
+    base = base_of(n)
+    h = ops.hadamard(torch.eye(n), base).double()
+    # log2(n) additions for butterflies, m / 4 + 1 for the base, each within one unit.
+    additions = plan(n).k + plan(n).m / 4 + 2
+    error = (h @ h.T - torch.eye(n)).abs().max()
+    assert float(error) <= 2 * additions * torch.finfo(torch.float32).eps
+    x = torch.randn(3, n)
+    back = ops.hadamard(ops.hadamard(x, base), None if base is None else base.T.contiguous())
+    # Sylvester's matrix is its own inverse, so the transposed base undoes the transform.
+    torch.testing.assert_close(back, x, rtol=1e-5, atol=1e-5)
+
+
+def test_rows_do_not_meet(isa):
+    x = torch.randn(7, 96)
+    whole = ops.hadamard(x, hadamard_matrix(12))
+    for i in range(7):
+        assert torch.equal(ops.hadamard(x[i : i + 1], hadamard_matrix(12))[0], whole[i])
+
+
+def test_empty_and_non_contiguous():
+    assert ops.hadamard(torch.empty(0, 16)).shape == (0, 16)
+    x = torch.randn(16, 3).T
+    assert torch.equal(ops.hadamard(x), ops.hadamard(x.contiguous()))
+
+
+@pytest.mark.parametrize("n", [16, 48, 7])
+def test_is_a_proper_torch_op(n):
+    arguments = (torch.randn(3, n), base_of(n), signs_of(n))
+    torch.library.opcheck(torch.ops.fewbit.hadamard.default, arguments)
+
+
+def test_says_what_is_wrong():
+    x = torch.randn(2, 24)
+    for arguments, message in [
+        ((x[0],), r"x must be \[rows, width\], got shape \[24\]"),
+        ((x.double(),), "x must be float32, float16 or bfloat16, got Double"),
+        ((x,), "the width must be m 2.k, got 24 = 1 x 24"),
+        ((x, torch.eye(5)), "m dividing the width 24, got m = 5"),
+        ((x, torch.eye(12)[:4]), r"base must have shape \[4, 4\], got \[4, 12\]"),
+        ((x, torch.eye(12, dtype=torch.int8)), "base must hold .1 and -1, got 0"),
+        ((x, torch.eye(12, dtype=torch.float64)), "base must be int8 .* or float32, got Double"),
+        ((x, hadamard_matrix(12), torch.ones(24)), "signs must be Char, got Float"),
+        ((x, hadamard_matrix(12), torch.ones(3, dtype=torch.int8)), r"signs must have shape \[24\]"),
+        ((torch.empty(1, 32769),), "x must be 1..32768 wide, got 32769"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            ops.hadamard(*arguments)
