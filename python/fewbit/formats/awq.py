@@ -14,6 +14,7 @@ GEMVFast (llm-awq v2 calls its zeros scaled_zeros):
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -37,12 +38,15 @@ from .base import (
 
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # column of nibble i
 NIBBLE = (0, 4, 1, 5, 2, 6, 3, 7)  # nibble of column e
+EIGHTS = 0x88888888 - (1 << 32)  # eight fields of 8
 HALF = (torch.float16,)
 
 
 class Gemm(Format):
     name = "awq"
     mark = "qweight"
+    suffixes = ("qweight", "qzeros", "scales")
+    zeros = "qzeros"
 
     def size(self, shapes, scheme):
         k, words = shapes["qweight"]
@@ -80,8 +84,11 @@ class Gemm(Format):
             deinterleave(tensors["qzeros"].T),
         )
 
+    def symmetric(self, tensors, scheme):
+        return bool((tensors["qzeros"] == EIGHTS).all())
+
     def config(self, schemes, ignore, **settings):
-        scheme = only_scheme(schemes, "AWQ")
+        scheme = only_scheme({m: replace(s, symmetric=False) for m, s in schemes.items()}, "AWQ")
         for entry in ignore:  # engines test for substrings
             hit = next((name for name in schemes if entry in name), None)
             if hit:
@@ -102,6 +109,7 @@ class Gemm(Format):
 class Gemv(Format):
     name = "awq-gemv"
     mark = "qweight"
+    suffixes = ("qweight", "qzeros", "scales")
     writable = False
 
     def size(self, shapes, scheme):
@@ -132,6 +140,10 @@ class GemvFast(Format):
 
     def __init__(self, zeros: str = "qzeros") -> None:
         self.zeros = zeros
+        self.suffixes = ("qweight", zeros, "scales")
+
+    def symmetric(self, tensors, scheme):
+        return False  # -(s * z) alone does not tell z
 
     def size(self, shapes, scheme):
         rows, k = shapes["qweight"]

@@ -29,17 +29,22 @@ class Spec(NamedTuple):
 class Format:
     """One on-disk layout of a quantised Linear; instances hold no state but their name.
 
-    ``mark`` is the tensor whose presence says that a Linear is stored in this format. Subclasses
-    give ``expected``, ``size``, ``pack``, ``unpack`` and ``config``.
+    ``mark`` is the tensor whose presence says that a Linear is stored in this format, ``suffixes``
+    all that may belong to it. Subclasses give ``expected``, ``size``, ``pack``, ``unpack`` and
+    ``config``.
     """
 
     name: str
     mark: str
+    suffixes: tuple[str, ...]
+    zeros = ""  # the suffix that holds zero points
     writable = True
-    metadata: dict[str, str] = {"format": "pt"}
 
     def size(self, shapes: Mapping[str, tuple[int, ...]], scheme: Scheme) -> tuple[int, int]:
-        """(out_features, in_features) from the stored shapes; in_features may be an upper bound."""
+        """(out_features, in_features) from the stored shapes; in_features may be an upper bound.
+
+        Shapes of another rank than the format's raise ValueError.
+        """
         raise NotImplementedError
 
     def expected(self, n: int, k: int, scheme: Scheme) -> dict[str, Spec]:
@@ -57,6 +62,13 @@ class Format:
     def unpack(self, tensors: Mapping[str, Tensor], scheme: Scheme) -> Codes:
         """The inverse of ``pack``."""
         raise NotImplementedError
+
+    def symmetric(self, tensors: Mapping[str, Tensor], scheme: Scheme) -> bool:
+        """True when every zero point is 2**(bits - 1), so that the grid is symmetric in effect.
+
+        Reads the data of no other tensor than ``zeros``; the others may be meta.
+        """
+        return scheme.symmetric
 
     def extras(self, tensors: Mapping[str, Tensor], scheme: Scheme) -> dict[str, Tensor]:
         """What belongs to the Linear beside its codes (static activation scales, column order)."""

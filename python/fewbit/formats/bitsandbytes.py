@@ -34,6 +34,7 @@ class LlmInt8(IntQuantized):
     name = "llm-int8"
     layout = "LLM.int8()"
     mark = "SCB"
+    suffixes = ("weight", "SCB", "weight_format")
 
     def expected(self, n, k, scheme):
         return {
@@ -43,8 +44,8 @@ class LlmInt8(IntQuantized):
         }
 
     def refuse(self, scheme, n, k):
-        if scheme.activations != "token":
-            return "LLM.int8() scales activations per token"
+        if scheme.activation_bits != 8 or scheme.activations != "token":
+            return f"LLM.int8() means 8-bit activations scaled per token, not {scheme}"
         return super().refuse(scheme, n, k)
 
     def pack(self, codes, scheme, **extras):
@@ -91,6 +92,15 @@ class Bnb4(Format):
 
     name = "bitsandbytes-4bit"
     mark = "weight.absmax"
+    suffixes = (
+        "weight",
+        "weight.absmax",
+        "weight.quant_map",
+        "weight.nested_absmax",
+        "weight.nested_quant_map",
+        "weight.quant_state.bitsandbytes__nf4",
+        "weight.quant_state.bitsandbytes__fp4",
+    )
     writable = False
 
     def size(self, shapes, scheme):

@@ -46,6 +46,8 @@ class PackQuantized(Format):
     name = "compressed-tensors"
     layout = "pack-quantized"
     mark = "weight_packed"
+    suffixes = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
+    zeros = "weight_zero_point"
 
     def __init__(self, padded: bool = False) -> None:
         self.padded = padded
@@ -99,6 +101,13 @@ class PackQuantized(Format):
         else:
             zero_point = self._unpack(tensors["weight_zero_point"].T, scheme.bits, n).T.contiguous()
         return Codes(q, scale, zero_point)
+
+    def symmetric(self, tensors, scheme):
+        if scheme.symmetric:
+            return True
+        n = len(tensors["weight_scale"])  # the last word may have fields beyond it
+        zeros = self._unpack(tensors["weight_zero_point"].T, scheme.bits, n)
+        return bool((zeros == 1 << (scheme.bits - 1)).all())
 
     def _unpack(self, packed: Tensor, bits: int, elements: int) -> Tensor:
         dense, padded = fields.words(elements, bits), fields.words_padded(elements, bits)
@@ -161,6 +170,8 @@ class IntQuantized(PackQuantized):
     name = "int-quantized"
     layout = "int-quantized"
     mark = "weight_scale"
+    suffixes = ("weight", "weight_scale", "input_scale", "input_zero_point")
+    zeros = ""
 
     def size(self, shapes, scheme):
         return shapes["weight"]

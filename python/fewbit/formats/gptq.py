@@ -35,6 +35,8 @@ class Gptq(Format):
     name = "gptq"
     offset = 1
     mark = "qweight"
+    suffixes = ("qweight", "qzeros", "scales", "g_idx")
+    zeros = "qzeros"
 
     def size(self, shapes, scheme):
         rows, n = shapes["qweight"]
@@ -92,6 +94,12 @@ class Gptq(Format):
         k = tensors["qweight"].shape[0] * fields.WORD // scheme.bits
         order = column_order(tensors.get("g_idx"), k, scheme)
         return {} if order is None else {"order": order}
+
+    def symmetric(self, tensors, scheme):
+        stored = tensors["qzeros"]
+        n = stored.shape[1] * fields.WORD // scheme.bits
+        raw = fields.unpack(stored, scheme.bits, n)
+        return scheme.symmetric or bool((raw == (1 << (scheme.bits - 1)) - self.offset).all())
 
     def _zeros(self, stored: Tensor, scheme: Scheme, n: int) -> Tensor:
         """uint8 [groups, N]; a symmetric file with the other version's label is put right."""

@@ -20,6 +20,7 @@ class SmoothQuant(IntQuantized):
     name = "smooth_quant"
     layout = "smooth_quant"
     mark = "scale"
+    suffixes = ("weight", "scale")
 
     def expected(self, n, k, scheme):
         return {"weight": Spec((torch.int8,), (n, k)), "scale": Spec((torch.float32,), (n, 1))}
