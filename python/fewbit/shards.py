@@ -12,6 +12,7 @@ import json
 import os
 import stat
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -157,10 +158,12 @@ class Writer:
         self.path, self.limit = Path(path), max_shard_size
         if max_shard_size < 1:
             raise CheckpointError(f"max_shard_size must be at least 1 byte, got {max_shard_size}")
+        self.made = not self.path.exists()
         self.path.mkdir(parents=True, exist_ok=True)
         self.files: list[tuple[Path, list[str]]] = []
         self.total = self.pending_bytes = 0
         self.pending: dict[str, Tensor] = {}
+        self.homes: set[int] = set()
 
     def __enter__(self) -> Writer:
         return self
@@ -168,14 +171,21 @@ class Writer:
     def __exit__(self, kind, error, trace) -> None:
         for path, _ in self.files:
             path.unlink(missing_ok=True)
+        if kind is not None and self.made:
+            with suppress(OSError):  # not empty: someone else has written there
+                self.path.rmdir()
 
     def add(self, tensors: dict[str, Tensor]) -> None:
         """Tensors that belong into one shard (those of one Linear)."""
         size = sum(t.numel() * t.element_size() for t in tensors.values())
         if self.pending and self.pending_bytes + size > self.limit:
             self._flush()
-        # clone: safetensors refuses tensors that share memory, such as views of one buffer
-        self.pending |= {name: t.contiguous() for name, t in tensors.items()}
+        for name, tensor in tensors.items():
+            tensor = tensor.detach().contiguous()
+            home = tensor.untyped_storage().data_ptr()
+            # A file holds each tensor by itself, so views of one buffer are written as copies.
+            self.pending[name] = tensor.clone() if home in self.homes and home else tensor
+            self.homes.add(home)
         self.pending_bytes += size
         self.total += size
 
@@ -187,6 +197,7 @@ class Writer:
         save_file(self.pending, path, metadata={"format": "pt"})
         _sync(path)
         self.pending, self.pending_bytes = {}, 0
+        self.homes.clear()
 
     def finish(self, config: dict, side_files: dict[str, bytes] | None = None) -> list[str]:
         """Write index, side files and config.json; returns the names of all files."""

@@ -12,6 +12,8 @@ from .formats.compressed_tensors import PackQuantized
 from .scheme import Codes, Scheme
 from .shards import Shards
 
+MAX_MATCHES = 1_000_000  # module names times patterns
+
 
 @dataclass(frozen=True)
 class Stored:
@@ -54,15 +56,18 @@ def find(shards: Shards, plan: Plan) -> dict[str, Stored]:
     the tensor and what it should be.
     """
     format, tail = plan.format, "." + plan.format.mark
+    marked = [full[: -len(tail)] for full in shards.entries if full.endswith(tail)]
+    if len(marked) * len(plan.patterns) > MAX_MATCHES:
+        raise CheckpointError(
+            f"the config has {len(plan.patterns)} patterns for {len(marked)} modules; at most "
+            f"{MAX_MATCHES} comparisons are made"
+        )
     found = {}
-    for full in shards.entries:
-        if not full.endswith(tail):
-            continue
-        name = full[: -len(tail)]
+    for name in marked:
         names = {s: f"{name}.{s}" for s in format.suffixes if f"{name}.{s}" in shards}
         scheme = plan.scheme_of(name)
         if scheme is None:
-            raise CheckpointError(f"{name} is quantised, but the config leaves it out")
+            raise CheckpointError(f"{name} is quantised, but the config has no scheme for it")
         if format.mark == "weight.absmax":  # its shape is known to the model only
             found[name] = Stored(name, format, scheme, -1, -1, names)
             continue

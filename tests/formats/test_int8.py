@@ -32,7 +32,6 @@ def test_config_comes_back(format):
     assert type(plan.format) is type(format)
     found = plan.scheme_of("a")
     assert (found.bits, found.group_size, found.symmetric, found.activation_bits) == (8, -1, 1, 8)
-    assert plan.scheme_of("lm_head") is None
 
 
 def test_row_maximum_is_exact_or_refused():

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from ..errors import CheckpointError, UnsupportedError
-from . import awq, bitsandbytes, compressed_tensors, gptq, smooth_quant
+from . import awq, bitsandbytes, compressed_tensors, gptq, own, smooth_quant
 from .base import Format, Plan, Rule, Spec, field
 
 __all__ = ["Format", "Plan", "Rule", "Spec", "WRITERS", "get", "parse"]
@@ -24,6 +24,7 @@ WRITERS: dict[str, Format] = {
         gptq.GptqV2(),
         bitsandbytes.LlmInt8(),
         smooth_quant.SmoothQuant(),
+        own.Own(),
     )
 }
 READERS = {
@@ -32,6 +33,7 @@ READERS = {
     "gptq": gptq.parse,
     "bitsandbytes": bitsandbytes.parse,
     "smooth_quant": smooth_quant.parse,
+    "fewbit": own.parse,
 }
 
 

@@ -30,7 +30,6 @@ from .base import (
     exact,
     field,
     groups_fit,
-    names,
     only_scheme,
     require_codes,
     scheme_or_error,
@@ -70,7 +69,7 @@ class Gemm(Format):
         return None
 
     def pack(self, codes, scheme, **extras):
-        require_codes(codes, scheme, self.refuse(scheme, *codes.q.shape), "AWQ")
+        require_codes(self, codes, scheme, extras)
         return {
             "qweight": interleave(codes.q).T.contiguous(),
             "qzeros": interleave(codes.zero_point).T.contiguous(),
@@ -235,5 +234,4 @@ def parse(config: Mapping) -> Plan:
         group_size=field(config, "group_size", int, field(config, "q_group_size", int, 128)),
         symmetric=False,
     )
-    skipped = (Rule("contains", entry, None) for entry in names(config, "modules_to_not_convert"))
-    return Plan(VERSIONS[version], (*skipped, Rule("all", "", scheme)))
+    return Plan(VERSIONS[version], (Rule("all", "", scheme),))

@@ -38,6 +38,7 @@ class Format:
     mark: str
     suffixes: tuple[str, ...]
     zeros = ""  # the suffix that holds zero points
+    holds: tuple[str, ...] = ()  # extras that have a place in this format
     writable = True
 
     def size(self, shapes: Mapping[str, tuple[int, ...]], scheme: Scheme) -> tuple[int, int]:
@@ -98,14 +99,14 @@ class Format:
 
 @dataclass(frozen=True)
 class Rule:
-    """A scheme for the modules that ``pattern`` names; None leaves them float.
+    """A scheme for the modules that ``pattern`` names.
 
-    ``kind``: "name" (equal), "regex" (from the start), "contains" (substring), "all".
+    ``kind``: "name" (equal), "regex" (from the start), "all".
     """
 
     kind: str
     pattern: str
-    scheme: Scheme | None
+    scheme: Scheme
 
     @cached_property
     def _compiled(self) -> Pattern:
@@ -114,8 +115,6 @@ class Rule:
     def matches(self, name: str) -> bool:
         if self.kind == "regex":
             return self._compiled.match(name)
-        if self.kind == "contains":
-            return self.pattern in name
         return self.kind == "all" or self.pattern == name
 
 
@@ -124,8 +123,9 @@ class Plan:
     """What a ``quantization_config`` says: the format, and the scheme of each module.
 
     The first matching rule holds. Whether a module *is* quantised is for its tensors to say, as
-    engines do: skip lists are spelt differently by every tool. ``notes`` are said to the user;
-    ``settings`` is what else the format's ``config`` would need to write the same again.
+    in engines: skip lists are spelt differently by every tool, so they are written, not read.
+    ``notes`` are said to the user; ``settings`` is what else the format's ``config`` needs to write
+    the same again.
     """
 
     format: Format
@@ -133,11 +133,25 @@ class Plan:
     notes: tuple[str, ...] = ()
     settings: Mapping[str, Any] = dataclass_field(default_factory=dict)
 
+    @cached_property
+    def _names(self) -> dict[str, int]:
+        """Index of the first rule with that exact name."""
+        backwards = reversed(list(enumerate(self.rules)))
+        return {rule.pattern: i for i, rule in backwards if rule.kind == "name"}
+
+    @cached_property
+    def patterns(self) -> list[tuple[int, Rule]]:
+        """The rules that are not exact names, with their index."""
+        return [(i, rule) for i, rule in enumerate(self.rules) if rule.kind != "name"]
+
     def scheme_of(self, name: str) -> Scheme | None:
-        for rule in self.rules:
+        exact = self._names.get(name, len(self.rules))
+        for i, rule in self.patterns:
+            if i > exact:
+                break
             if rule.matches(name):
                 return rule.scheme
-        return None
+        return self.rules[exact].scheme if exact < len(self.rules) else None
 
 
 def field(config: Mapping, key: str, kind: type | tuple, default: Any = ...) -> Any:
@@ -197,11 +211,23 @@ def exact(scale: Tensor, dtype: torch.dtype, where: str) -> Tensor:
     return out.contiguous()
 
 
-def require_codes(codes: Codes, scheme: Scheme, refusal: str | None, where: str) -> None:
+EXTRAS = {
+    "order": "columns in activation order (desc_act), which engines refuse with groups",
+    "input_scale": "static activation scales",
+    "input_zero_point": "static activation zero points",
+}
+
+
+def require_codes(
+    format: Format, codes: Codes, scheme: Scheme, extras: Mapping[str, Tensor] | None = None
+) -> None:
     """The one check before packing: what the format cannot hold, and codes off their grid."""
-    if refusal:
-        raise UnsupportedError(f"{where} cannot hold this weight: {refusal}")
     n, k = codes.q.shape
+    refusal = format.refuse(scheme, n, k)
+    for key in (extras or {}).keys() - set(format.holds):
+        refusal = refusal or f"it has no place for {EXTRAS.get(key, key)}"
+    if refusal:
+        raise UnsupportedError(f"{format.name} cannot hold this weight: {refusal}")
     want = (n, scheme.groups(k))
     if tuple(codes.scale.shape) != want or tuple(codes.zero_point.shape) != want:
         raise UnsupportedError(

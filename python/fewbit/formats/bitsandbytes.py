@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..errors import CheckpointError, UnsupportedError
 from ..scheme import Scheme
-from .base import FLOATS, Format, Plan, Rule, Spec, field, names, only_scheme, require_codes
+from .base import FLOATS, Format, Plan, Rule, Spec, field, only_scheme, require_codes
 from .compressed_tensors import IntQuantized
 
 LLM_INT8 = Scheme(8, -1, True, "float32", activation_bits=8)
@@ -35,6 +35,7 @@ class LlmInt8(IntQuantized):
     layout = "LLM.int8()"
     mark = "SCB"
     suffixes = ("weight", "SCB", "weight_format")
+    holds = ()
 
     def expected(self, n, k, scheme):
         return {
@@ -49,7 +50,7 @@ class LlmInt8(IntQuantized):
         return super().refuse(scheme, n, k)
 
     def pack(self, codes, scheme, **extras):
-        require_codes(codes, scheme, self.refuse(scheme, *codes.q.shape), self.layout)
+        require_codes(self, codes, scheme, extras)
         return {
             "weight": (codes.q ^ 0x80).view(torch.int8),
             "SCB": row_absmax(codes.scale.flatten()),
@@ -190,8 +191,7 @@ def parse(config: Mapping) -> Plan:
     four = field(config, "load_in_4bit", bool, False)
     if four is field(config, "load_in_8bit", bool, False):
         raise CheckpointError("exactly one of load_in_8bit and load_in_4bit must be true")
-    skipped = (Rule("contains", entry, None) for entry in names(config, "llm_int8_skip_modules"))
     threshold = field(config, "llm_int8_threshold", (int, float), 6.0)
     scheme = Scheme(4, 64) if four else LLM_INT8
-    rules = (*skipped, Rule("all", "", scheme))
+    rules = (Rule("all", "", scheme),)
     return Plan(Bnb4() if four else LlmInt8(), rules, settings={"threshold": float(threshold)})

@@ -76,7 +76,7 @@ class PackQuantized(Format):
 
     def pack(self, codes, scheme, **extras):
         n, k = codes.q.shape
-        require_codes(codes, scheme, self.refuse(scheme, n, k), self.layout)
+        require_codes(self, codes, scheme, extras)
         tensors = {
             "weight_packed": fields.pack(codes.q, scheme.bits),
             "weight_scale": codes.scale.contiguous(),
@@ -171,6 +171,7 @@ class IntQuantized(PackQuantized):
     layout = "int-quantized"
     mark = "weight_scale"
     suffixes = ("weight", "weight_scale", "input_scale", "input_zero_point")
+    holds = ("input_scale", "input_zero_point")
     zeros = ""
 
     def size(self, shapes, scheme):
@@ -196,14 +197,13 @@ class IntQuantized(PackQuantized):
         return None
 
     def pack(self, codes, scheme, **extras):
-        require_codes(codes, scheme, self.refuse(scheme, *codes.q.shape), self.layout)
+        require_codes(self, codes, scheme, extras)
         weight = (codes.q ^ 0x80).view(torch.int8)  # subtracts 128 modulo 256
         tensors = {"weight": weight, "weight_scale": codes.scale.contiguous()}
         if scheme.activation_bits == 8 and scheme.activations == "static":
             if "input_scale" not in extras:
                 raise UnsupportedError("static activations need an input_scale from calibration")
-            wanted = ("input_scale", "input_zero_point")
-            tensors |= {key: extras[key].reshape(1) for key in wanted if key in extras}
+            tensors |= {key: value.reshape(1) for key, value in extras.items()}
         return tensors
 
     def unpack(self, tensors, scheme):
@@ -214,8 +214,7 @@ class IntQuantized(PackQuantized):
         return Codes(weight.view(torch.uint8) ^ 0x80, scale.contiguous(), zero_point)
 
     def extras(self, tensors, scheme):
-        wanted = ("input_scale", "input_zero_point")
-        return {key: tensors[key].reshape(1) for key in wanted if key in tensors}
+        return {key: tensors[key].reshape(1) for key in self.holds if key in tensors}
 
     def check(self, tensors, scheme, n, k, name="weight"):
         # One scale for the tensor is stored as [1]; it stands for [n, 1].
@@ -279,13 +278,14 @@ def parse(config: Mapping) -> Plan:
             rules.append(_rule(target, scheme))
     if len(layouts) != 1:
         raise UnsupportedError(f"layouts {sorted(map(str, layouts))} are mixed in one checkpoint")
-    ignored = tuple(_rule(name, None) for name in names(config, "ignore"))
     # Exact names and patterns go before class names, as in compressed-tensors.
     rules.sort(key=lambda rule: ("name", "regex", "all").index(rule.kind))
     notes = ("the KV cache scheme of the checkpoint is not applied",) * bool(
         config.get("kv_cache_scheme")
     )
-    return Plan(_format(layouts.pop(), config), (*ignored, *rules), notes)
+    inputs = next(iter(groups.values())).get("input_activations") or {}
+    settings = {"static_symmetric": inputs.get("symmetric", True) is True}
+    return Plan(_format(layouts.pop(), config), tuple(rules), notes, settings)
 
 
 def _format(layout: str | None, config: Mapping) -> Format:
@@ -328,7 +328,7 @@ def _scheme(group: Mapping) -> Scheme:
     return scheme_or_error(**values)
 
 
-def _rule(target: str, scheme: Scheme | None) -> Rule:
+def _rule(target: str, scheme: Scheme) -> Rule:
     if target.startswith("re:"):
         return Rule("regex", target[3:], scheme)
     return Rule("all" if target == "Linear" else "name", target, scheme)

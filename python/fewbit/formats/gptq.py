@@ -60,12 +60,7 @@ class Gptq(Format):
 
     def pack(self, codes, scheme, **extras):
         n, k = codes.q.shape
-        require_codes(codes, scheme, self.refuse(scheme, n, k), "GPTQ")
-        if "order" in extras:
-            raise UnsupportedError(
-                "the columns are in activation order (desc_act), which engines refuse with groups; "
-                "quantise with original column order instead"
-            )
+        require_codes(self, codes, scheme, extras)
         if self.offset and codes.zero_point.numel() and int(codes.zero_point.min()) == 0:
             raise UnsupportedError(
                 "GPTQ v1 cannot hold a zero point of 0, its stored value would borrow from its "
@@ -193,7 +188,6 @@ def parse(config: Mapping) -> Plan:
     dynamic = field(config, "dynamic", (dict, type(None)), None) or {}
     for pattern, changes in dynamic.items():
         if pattern.startswith("-:"):
-            rules.append(Rule("regex", pattern[2:], None))
             continue
         if not isinstance(changes, dict):
             raise CheckpointError(f"dynamic[{pattern!r:.80}] must be an object")

@@ -12,7 +12,7 @@ import torch
 
 from ..errors import UnsupportedError
 from ..scheme import Scheme
-from .base import Format, Plan, Rule, Spec, exact, field, names, only_scheme
+from .base import Format, Plan, Rule, Spec, exact, field, only_scheme
 from .compressed_tensors import IntQuantized
 
 
@@ -21,6 +21,7 @@ class SmoothQuant(IntQuantized):
     layout = "smooth_quant"
     mark = "scale"
     suffixes = ("weight", "scale")
+    holds = ()
 
     def expected(self, n, k, scheme):
         return {"weight": Spec((torch.int8,), (n, k)), "scale": Spec((torch.float32,), (n, 1))}
@@ -31,7 +32,7 @@ class SmoothQuant(IntQuantized):
         return super().refuse(scheme, n, k)
 
     def pack(self, codes, scheme, **extras):
-        tensors = super().pack(codes, scheme)
+        tensors = super().pack(codes, scheme, **extras)
         tensors["scale"] = exact(tensors.pop("weight_scale"), torch.float32, self.layout)
         return tensors
 
@@ -59,6 +60,5 @@ def parse(config: Mapping) -> Plan:
     dtype = field(config, "quant_dtype", str, "int8")
     if dtype != "int8":
         raise UnsupportedError(f"smooth_quant with {dtype!r} is not supported; 'int8' is")
-    skipped = (Rule("contains", entry, None) for entry in names(config, "modules_to_not_convert"))
     scheme = Scheme(8, -1, True, "float32", activation_bits=8)
-    return Plan(SmoothQuant(), (*skipped, Rule("all", "", scheme)))
+    return Plan(SmoothQuant(), (Rule("all", "", scheme),))

@@ -1,0 +1,180 @@
+"""``convert``: one checkpoint format into another, without the model and without loss.
+
+Streams file by file: one Linear is in memory at a time, beside the shard that is being filled. What
+the target cannot hold exactly is refused by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from . import formats
+from .engines import Facts, Verdict, validate
+from .errors import CheckpointError, UnsupportedError
+from .formats import Format
+from .scheme import Scheme
+from .shards import Shards, Writer, same_directory, shares_files, side_files
+from .stored import Stored, find
+
+SIDE_FILES = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+    "chat_template.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+)
+EMBEDDINGS = ("embed", "wte", "wpe")
+MAX_SHARD = 5_000_000_000
+
+
+@dataclass
+class Converted:
+    """What ``convert`` did: formats, sizes in bytes, files, and a verdict per engine."""
+
+    source: str
+    target: str
+    modules: int
+    nbytes: int
+    files: list[str]
+    verdicts: list[Verdict]
+    notes: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        head = f"{self.source} -> {self.target}: {self.modules} linears, {self.nbytes:,} bytes"
+        return "\n".join([head, *self.notes, *map(str, self.verdicts)])
+
+
+def convert(
+    source: str | Path,
+    target: str | Path,
+    to: str,
+    *,
+    max_shard_size: int = MAX_SHARD,
+    progress: Callable[[str], None] | None = None,
+) -> Converted:
+    """Write the quantised model of directory ``source`` in format ``to`` into ``target``.
+
+    The codes, zero points and scales that are read back equal those of the source, or the
+    conversion is refused and leaves nothing behind: UnsupportedError names the first Linear that
+    does not fit and why.
+    CheckpointError: the source is damaged, or ``target`` is the source or shares files with it.
+    ``progress`` is called with each module's name.
+    """
+    writer_format = formats.get(to)
+    refuse_in_place(source, target)
+    shards = Shards(source)
+    if "quantization_config" not in shards.config:
+        raise CheckpointError(f"{source} is not quantised: its config.json has no such section")
+    plan = formats.parse(shards.config["quantization_config"])
+    stored = find(shards, plan)
+    schemes = target_schemes(shards, stored, writer_format)
+    taken = {name for module in stored.values() for name in module.names.values()}
+    floats = [name for name in shards.by_file() if name not in taken]
+    ignore = float_linears(shards, floats, stored)
+    section = writer_format.config(schemes, ignore, **plan.settings)
+    with Writer(target, max_shard_size) as writer:
+        for name in shards.by_file():
+            module_name = name.removesuffix("." + plan.format.mark)
+            if name not in taken:
+                writer.add({name: shards.read(name)})
+            elif module_name in stored and name == stored[module_name].names[plan.format.mark]:
+                if progress:
+                    progress(module_name)
+                module = stored[module_name]
+                writer.add(repack(shards, module, writer_format, schemes[module_name]))
+        config = {k: v for k, v in shards.config.items() if k != "quantization_config"}
+        nbytes = writer.total
+        files = finish(writer, config, section, side_files(shards.path, SIDE_FILES))
+    shapes = {name: (m.out_features, m.in_features) for name, m in stored.items()}
+    skipped = tuple(name for name in ignore if name != "lm_head")
+    facts = Facts(to, schemes, shapes, skipped, str(shards.config.get("model_type", "")))
+    return Converted(
+        plan.format.name, to, len(stored), nbytes, files, validate(facts), list(plan.notes)
+    )
+
+
+def repack(shards: Shards, module: Stored, to: Format, scheme: Scheme) -> dict[str, Any]:
+    """The tensors of one Linear in the target format, by full name."""
+    codes, extras = module.codes(shards)
+    try:
+        packed = to.pack(codes, scheme, **extras)
+    except UnsupportedError as error:
+        raise UnsupportedError(f"{module.name}: {error}") from error
+    return {f"{module.name}.{suffix}": tensor for suffix, tensor in packed.items()}
+
+
+def finish(writer: Writer, config: dict, section: dict, texts: dict[str, bytes]) -> list[str]:
+    """Close a checkpoint: config.json with its section, and the side file GPTQ readers look for."""
+    import json
+
+    if section["quant_method"] == "gptq":
+        texts = {**texts, "quantize_config.json": (json.dumps(section, indent=2) + "\n").encode()}
+    return writer.finish({**config, "quantization_config": section}, texts)
+
+
+def target_schemes(shards: Shards, stored: dict[str, Stored], to: Format) -> dict[str, Scheme]:
+    """The scheme of each Linear in the target; refuses what does not fit before any writing.
+
+    A grid that is symmetric in effect is written as symmetric, which more engines run.
+    """
+    if not to.writable:
+        raise UnsupportedError(f"{to.name} is read, not written")
+    by_scheme: dict[Scheme, list[Stored]] = {}
+    for module in stored.values():
+        by_scheme.setdefault(module.scheme, []).append(module)
+    effective = {}
+    for scheme, members in by_scheme.items():
+        symmetric = all(module.is_symmetric(shards) for module in members)
+        effective[scheme] = replace(scheme, symmetric=symmetric)
+    schemes = {}
+    for name, module in stored.items():
+        schemes[name] = effective[module.scheme]
+        if module.in_features < 0:
+            raise UnsupportedError(
+                f"{module.format.name} codes are not on a uniform grid, so {to.name} cannot hold "
+                "them; load the model and quantise it again"
+            )
+        why = to.refuse(schemes[name], module.out_features, module.in_features)
+        if why:
+            raise UnsupportedError(f"{name} does not fit into {to.name}: {why}")
+    return schemes
+
+
+def float_linears(shards: Shards, floats: list[str], stored: dict[str, Stored]) -> list[str]:
+    """Modules for the skip list: two-dimensional float weights that are no embedding, and the head.
+
+    A tied head has no tensor of its own, so it is always named.
+    """
+    names = []
+    for name in floats:
+        entry = shards.entries[name]
+        module = name.removesuffix(".weight")
+        if (
+            module != name
+            and len(entry.shape) == 2
+            and not any(word in module for word in EMBEDDINGS)
+        ):
+            names.append(module)
+    if "lm_head" not in stored and "lm_head" not in names:
+        names.append("lm_head")
+    return names
+
+
+def refuse_in_place(source: str | Path, target: str | Path) -> None:
+    """A checkpoint is never written over the one that is being read."""
+    if same_directory(source, target):
+        raise CheckpointError(f"{target} is the source directory; choose another one")
+    shared = shares_files(source, target)
+    if shared:
+        raise CheckpointError(f"{Path(target) / shared[0]} is the same file as in {source}")

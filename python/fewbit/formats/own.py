@@ -1,0 +1,77 @@
+"""fewbit's own format: the layout of pack-quantized without its limits.
+
+Tensors are those of compressed-tensors pack-quantized. What that cannot say is said here: a short
+last group, quantised activations and KV cache, any mixture of schemes. Written only when asked for,
+since no other engine reads it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from ..errors import CheckpointError, UnsupportedError
+from ..scheme import Scheme
+from .base import FLOATS, Plan, Rule, Spec, field, names, scheme_or_error
+from .compressed_tensors import PackQuantized
+
+VERSION = 1
+
+
+class Own(PackQuantized):
+    name = "fewbit"
+    layout = "fewbit"
+
+    holds = ("order", "input_scale", "input_zero_point")
+    suffixes = (*PackQuantized.suffixes, *holds)
+
+    def refuse(self, scheme, n, k):
+        return None
+
+    def expected(self, n, k, scheme):
+        extras = {
+            "order": Spec((torch.int32,), (k,), optional=True),
+            "input_scale": Spec(FLOATS, (1,), optional=True),
+            "input_zero_point": Spec((torch.int8,), (1,), optional=True),
+        }
+        return super().expected(n, k, scheme) | extras
+
+    def pack(self, codes, scheme, **extras):
+        tensors = super().pack(codes, scheme, **extras)
+        if "order" in extras:
+            extras["order"] = extras["order"].to(torch.int32)
+        return tensors | extras
+
+    def extras(self, tensors, scheme):
+        extras = {key: tensors[key] for key in self.holds if key in tensors}
+        if "order" in extras:
+            order = extras["order"] = extras["order"].long()
+            if not torch.equal(order.sort().values, torch.arange(len(order))):
+                raise CheckpointError("order is not a permutation of the inputs")
+        return extras
+
+    def config(self, schemes, ignore, **settings):
+        by_scheme: dict[Scheme, list[str]] = {}
+        for name, scheme in schemes.items():
+            by_scheme.setdefault(scheme, []).append(name)
+        groups = [{"scheme": s.to_dict(), "modules": members} for s, members in by_scheme.items()]
+        return {"quant_method": "fewbit", "version": VERSION, "groups": groups}
+
+
+def parse(config: Mapping) -> Plan:
+    """The Plan of a ``quant_method: fewbit`` config."""
+    version = field(config, "version", int)
+    if version != VERSION:
+        raise UnsupportedError(f"the checkpoint is of version {version}; {VERSION} is read")
+    rules = []
+    for group in field(config, "groups", list):
+        if not isinstance(group, dict) or not isinstance(group.get("scheme"), dict):
+            raise CheckpointError(f"groups must hold a scheme and its modules, got {group!r:.80}")
+        values = group["scheme"]
+        unknown = values.keys() - Scheme.__dataclass_fields__.keys()
+        if unknown:
+            raise UnsupportedError(f"schemes have no field {min(unknown)!r:.80}")
+        scheme = scheme_or_error(**values)
+        rules += [Rule("name", name, scheme) for name in names(group, "modules")]
+    return Plan(Own(), tuple(rules))
