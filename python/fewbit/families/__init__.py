@@ -65,22 +65,6 @@ class Family:
         )
 
 
-@dataclass(frozen=True)
-class Edge:
-    """A place where a per-channel scale can move without changing the function.
-
-    ``source``: the norm or linear whose output channels are divided; ``readers``: linears whose
-    input columns are multiplied; ``repeat``: how many times each group of ``head_dim`` source
-    channels is read (grouped-query attention), 1 otherwise.
-    """
-
-    source: str
-    readers: tuple[str, ...]
-    kind: str  # "norm" or "inner"
-    repeat: int = 1
-    head_dim: int = 0
-
-
 @cache
 def families() -> dict[str, Family]:
     """Every described family by the architecture names it serves."""

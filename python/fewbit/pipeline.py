@@ -1,0 +1,189 @@
+"""``quantize_``: calibrate, transform, solve, pack; one decoder layer at a time."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from . import _C
+from .calibrate import Windows, capture, collect, run_layer, windows
+from .errors import UsageError
+from .families import Family, decoder_layers, describe
+from .linear import PACKABLE_BITS, PackedLinear
+from .progress import Progress
+from .recipes import Recipe, build
+from .report import LinearRecord, Report
+from .scheme import FLOAT_BITS, Codes, Scheme
+from .stats import Stats
+from .transforms import LayerContext
+from .undo import remember
+
+
+def quantize_(
+    model: nn.Module,
+    method: str | Recipe = "awq",
+    scheme: Scheme | str = "w4a16g128",
+    calibration=None,
+    tokenizer=None,
+    *,
+    window: int = 512,
+    samples: int | None = 32,
+    keep_float: bool = True,
+    progress: bool = True,
+    callback: Callable[[dict], None] | None = None,
+    **options,
+) -> Report:
+    """Quantise the decoder linears of a live model, in place.
+
+    ``method``: a name of ``fewbit.recipes.METHODS`` ("rtn", "awq", stacks such as "awq+gptq") or a
+    Recipe; ``options`` go to the method. ``calibration``: texts (with ``tokenizer``), token ids, or
+    the path of a text file, cut into ``samples`` windows of ``window`` tokens. Embeddings, norms
+    and the head stay float. ``keep_float`` keeps a copy of the float weights for ``restore_``.
+
+    Everything that can be refused is refused before the model is touched: UsageError,
+    CalibrationError or UnsupportedError, one sentence each.
+    """
+    recipe = build(method, scheme, **options)
+    family = describe(model)
+    _check(model, family, recipe)
+    data = windows(calibration, tokenizer, window, samples) if recipe.needs_stats else None
+    started = time.monotonic()
+    report = Report(recipe.to_dict(), type(model).__name__, environment=environment())
+    if data is not None:
+        report.calibration = {
+            "source": data.source, "tokens": data.tokens, "sha256": data.digest()
+        }
+    if keep_float:
+        remember(model)
+    training = model.training
+    model.eval()
+    try:
+        _run(model, family, recipe, data, report, progress, callback)
+    finally:
+        model.train(training)
+    report.seconds = time.monotonic() - started
+    model.__dict__["_fewbit_quantized"] = str(recipe.scheme)
+    return report
+
+
+@torch.no_grad()
+def _run(
+    model: nn.Module,
+    family: Family,
+    recipe: Recipe,
+    data: Windows | None,
+    report: Report,
+    show: bool,
+    callback: Callable[[dict], None] | None,
+) -> None:
+    for transform in recipe.transforms:
+        report.transforms += transform.outside(model, family)
+    inputs = None if data is None else capture(model, family, data)
+    layers = decoder_layers(model, family)
+    progress = Progress(len(layers), show, callback)
+    try:
+        for index, layer in enumerate(layers):
+            name = f"{family.layers}.{index}"
+            stats: dict[str, Stats] = {}
+            outputs = None
+            if inputs is not None:
+                stats, outputs = collect(layer, family, inputs, name)
+            config = getattr(model, "config", None)
+            context = LayerContext(index, family, config, recipe.scheme, stats)
+            for transform in recipe.transforms:
+                transform.layer(layer, context)
+            report.transforms += [{"layer": index, **record} for record in context.records]
+            records = []
+            for path in family.linears():
+                records.append(_solve(layer, path, f"{name}.{path}", recipe, stats.get(path)))
+                progress.linear(records[-1])
+            report.linears += records
+            if inputs is not None:
+                inputs = run_layer(layer, inputs) if recipe.sequential else outputs
+            progress.layer(records)
+    finally:
+        progress.close()
+
+
+def _solve(
+    layer: nn.Module, path: str, name: str, recipe: Recipe, stats: Stats | None
+) -> LinearRecord:
+    """Quantise one linear, put its packed form in its place, and say how it went."""
+    started = time.monotonic()
+    linear = layer.get_submodule(path)
+    weight = linear.weight.detach()
+    codes, info = recipe.solver.solve(weight, recipe.scheme, stats)
+    packed = PackedLinear(Codes(*codes), recipe.scheme, linear.bias)
+    error, measured = relative_error(weight, packed.weight, stats)
+    replace_module(layer, path, packed)
+    before = sum(p.numel() * p.element_size() for p in linear.parameters())
+    return LinearRecord(
+        name,
+        str(recipe.scheme),
+        error,
+        measured,
+        0 if stats is None else stats.tokens,
+        before,
+        packed.nbytes(),
+        time.monotonic() - started,
+        info,
+    )
+
+
+def relative_error(weight: Tensor, quantized: Tensor, stats: Stats | None) -> tuple[float, str]:
+    """||X (W' - W)^T||^2 / ||X W^T||^2, or of the weights alone without statistics."""
+    weight = weight.float()
+    dw = quantized - weight
+    if stats is not None:
+        energy = stats.output_energy(weight)
+        return (stats.output_loss(dw) / energy if energy > 0 else 0.0), "output"
+    energy = float(weight.square().sum())
+    return (float(dw.square().sum()) / energy if energy > 0 else 0.0), "weight"
+
+
+def replace_module(root: nn.Module, path: str, module: nn.Module) -> None:
+    """Put ``module`` where ``path`` points."""
+    parent, _, child = path.rpartition(".")
+    setattr(root.get_submodule(parent), child, module)
+
+
+def _check(model: nn.Module, family: Family, recipe: Recipe) -> None:
+    """Refuse before anything is changed: quantised twice, not finite, what cannot run."""
+    scheme = recipe.scheme
+    if scheme.activation_bits < FLOAT_BITS or scheme.kv_bits < FLOAT_BITS:
+        raise UsageError(
+            f"scheme {scheme} quantises activations or the KV cache, which method "
+            f"{recipe.name!r} does not do: use a scheme such as w{scheme.bits}a16g128"
+        )
+    if scheme.bits not in PACKABLE_BITS:
+        raise UsageError(f"bits must be one of {PACKABLE_BITS}, got {scheme.bits}")
+    layers = decoder_layers(model, family)
+    for index, layer in enumerate(layers):
+        for path in family.linears():
+            name = f"{family.layers}.{index}.{path}"
+            linear = layer.get_submodule(path)
+            if not isinstance(linear, nn.Linear):
+                raise UsageError(
+                    f"{name} is a {type(linear).__name__}, not a Linear: the model is already "
+                    "quantised (fewbit.restore_ undoes it)"
+                )
+            if not bool(linear.weight.isfinite().all()):
+                raise UsageError(f"{name}.weight holds values that are not finite")
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and not bool(parameter.isfinite().all()):
+            raise UsageError(f"{name} holds values that are not finite")
+
+
+def environment() -> dict:
+    """What the numbers of a run depend on."""
+    return {
+        "fewbit": _C.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "isa": _C.isa(),
+        "threads": torch.get_num_threads(),
+    }

@@ -1,0 +1,83 @@
+"""A method is a recipe: transforms in order, then a solver, on a scheme.
+
+``build("awq", "w4a16g128")`` makes one by name; ``build("awq+gptq", ...)`` stacks the transforms of
+both and takes the last solver that is not plain rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from .errors import UsageError
+from .scheme import Scheme
+from .solvers import Solver
+from .solvers.rtn import RTN
+from .transforms import Transform
+from .transforms.scale import SearchScale
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What ``quantize_`` does. ``sequential``: later layers are calibrated on the outputs of the
+    already quantised earlier ones (True), or of the float ones."""
+
+    name: str
+    scheme: Scheme
+    transforms: tuple[Transform, ...] = ()
+    solver: Solver = RTN()  # noqa: RUF009  (stateless)
+    sequential: bool = True
+
+    @property
+    def needs_stats(self) -> bool:
+        return self.solver.needs_stats or any(t.needs_stats for t in self.transforms)
+
+    def to_dict(self) -> dict:
+        return {
+            "name": self.name,
+            "scheme": self.scheme.to_dict(),
+            "transforms": [t.to_dict() for t in self.transforms],
+            "solver": self.solver.to_dict(),
+            "sequential": self.sequential,
+        }
+
+
+def rtn(scheme: Scheme | str = "w4a16g128") -> Recipe:
+    """Round to nearest: no calibration."""
+    return Recipe("rtn", Scheme.parse(scheme))
+
+
+def awq(scheme: Scheme | str = "w4a16g128", points: int = 20) -> Recipe:
+    """Activation-aware scales (J. Lin et al., 2023), then rounding."""
+    return Recipe("awq", Scheme.parse(scheme), (SearchScale(points),))
+
+
+METHODS: dict[str, Callable[..., Recipe]] = {"rtn": rtn, "awq": awq}
+
+
+def build(method: str | Recipe, scheme: Scheme | str | None = None, **options) -> Recipe:
+    """A recipe by name, with the method's own options; a Recipe is returned as it is.
+
+    Raises UsageError for a name that is not in METHODS, or an option that the method lacks.
+    """
+    if isinstance(method, Recipe):
+        return method
+    parts = method.split("+") if isinstance(method, str) else [method]
+    for part in parts:
+        if part not in METHODS:
+            raise UsageError(f"method {part!r} is not known; {', '.join(METHODS)} are")
+    fixed = {} if scheme is None else {"scheme": Scheme.parse(scheme)}
+    try:
+        recipes = [METHODS[part](**fixed, **(options if len(parts) == 1 else {})) for part in parts]
+    except TypeError as error:
+        raise UsageError(f"method {method!r}: {error}") from error
+    if len(recipes) == 1:
+        return recipes[0]
+    solvers = [r.solver for r in recipes if not isinstance(r.solver, RTN)]
+    return Recipe(
+        method,
+        recipes[-1].scheme,
+        tuple(t for r in recipes for t in r.transforms),
+        solvers[-1] if solvers else RTN(),
+        any(r.sequential for r in recipes),
+    )

@@ -1,0 +1,62 @@
+"""Undo: put a model back as it was before ``quantize_``."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from .errors import UsageError
+
+_MARK = "_fewbit_undo"
+
+
+class Snapshot:
+    """The module tree, parameters and buffers of a model, and copies of their values."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.modules = {m: dict(m._modules) for m in model.modules()}
+        self.tensors: list[tuple[dict, str, Tensor, Tensor]] = []
+        copies: dict[int, Tensor] = {}
+        for module in model.modules():
+            for table in (module._parameters, module._buffers):
+                for name, tensor in table.items():
+                    if tensor is not None:
+                        copy = copies.setdefault(id(tensor), tensor.detach().clone())
+                        self.tensors.append((table, name, tensor, copy))
+        config = getattr(model, "config", None)
+        self.tied = getattr(config, "tie_word_embeddings", None)
+
+    def restore(self, model: nn.Module) -> None:
+        for module, children in self.modules.items():
+            module._modules.clear()
+            module._modules.update(children)
+        for table, name, tensor, copy in self.tensors:
+            tensor.data = copy
+            table[name] = tensor
+        if self.tied is not None:
+            model.config.tie_word_embeddings = self.tied
+
+
+def remember(model: nn.Module) -> None:
+    """Keep what ``restore_`` needs: a copy of the float weights."""
+    object.__setattr__(model, _MARK, Snapshot(model))
+
+
+def restore_(model: nn.Module) -> nn.Module:
+    """Undo ``quantize_``: the model computes what it did before, bit for bit.
+
+    Raises UsageError when the model was not quantised here, or with ``keep_float=False``.
+    """
+    snapshot = getattr(model, _MARK, None)
+    if snapshot is None:
+        raise UsageError(
+            "nothing to restore: the model was not quantised in this process with keep_float=True"
+        )
+    snapshot.restore(model)
+    forget(model)
+    return model
+
+
+def forget(model: nn.Module) -> None:
+    """Drop the copy of the float weights; ``restore_`` is no longer possible."""
+    for mark in (_MARK, "_fewbit_quantized"):
+        model.__dict__.pop(mark, None)
