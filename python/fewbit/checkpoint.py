@@ -1,0 +1,226 @@
+"""Save a quantised model as a directory that engines load, and load such directories.
+
+Model classes and tokenizers are transformers' own; files are written and read by shards.py, whose
+layouts are those of formats/.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from . import formats
+from .errors import CheckpointError, MissingExtraError, UnsupportedError, UsageError
+from .families import linear_names
+from .linear import PackedLinear
+from .pipeline import replace_module
+from .scheme import Codes, Scheme
+from .shards import Shards, Writer, same_directory
+from .stored import find
+
+
+def transformers():
+    """The transformers package, or MissingExtraError with the install command."""
+    try:
+        import transformers
+    except ImportError:
+        raise MissingExtraError(
+            "reading and writing model directories needs transformers: pip install 'fewbit[hf]'"
+        ) from None
+    return transformers
+
+
+def save(
+    model: nn.Module,
+    path: str | Path,
+    format: str = "compressed-tensors",
+    tokenizer=None,
+    max_shard_size: int = 5_000_000_000,
+) -> list[str]:
+    """Write a quantised transformers model to the directory ``path``; returns the file names.
+
+    ``format``: a name of ``fewbit.formats.WRITERS``. What is not quantised is written in the type it
+    has. Nothing is half-written: files get their names when all of them are complete. Raises
+    UsageError for a model without packed linears, UnsupportedError where one does not fit.
+    """
+    writer_format = formats.get(format)
+    config = getattr(model, "config", None)
+    if config is None or not hasattr(config, "to_dict"):
+        raise UsageError("only transformers models are saved: the model has no config")
+    packed = {n: m for n, m in model.named_modules() if isinstance(m, PackedLinear)}
+    if not packed:
+        raise UsageError("nothing is quantised: call fewbit.quantize_ first")
+    source = getattr(config, "_name_or_path", "")
+    if source and same_directory(source, path):
+        raise CheckpointError(f"{path} is the directory that the model was read from")
+    for name, module in packed.items():
+        reason = writer_format.refuse(module.scheme, module.out_features, module.in_features)
+        if reason:
+            raise UnsupportedError(f"{name} does not fit format {format}: {reason}")
+
+    with Writer(path, max_shard_size) as writer:
+        for name, module in packed.items():
+            tensors = writer_format.pack(module.codes(), module.scheme)
+            if module.bias is not None:
+                tensors["bias"] = module.bias
+            writer.add({f"{name}.{suffix}": tensor for suffix, tensor in tensors.items()})
+        tied = set(getattr(model, "_tied_weights_keys", None) or ())
+        if not getattr(config, "tie_word_embeddings", False):
+            tied = set()
+        for name, tensor in model.state_dict().items():
+            if name.rpartition(".")[0] not in packed and name not in tied:
+                writer.add({name: tensor})
+        ignore = [
+            n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n not in packed
+        ]
+        schemes = {name: module.scheme for name, module in packed.items()}
+        described = config.to_diff_dict()
+        described.pop("_name_or_path", None)
+        described["quantization_config"] = writer_format.config(schemes, ignore)
+        described["architectures"] = [type(model).__name__]
+        described["dtype"] = str(_float_dtype(model)).removeprefix("torch.")
+        files = writer.finish(described, _side_files(model))
+    if tokenizer is not None:
+        tokenizer.save_pretrained(path)
+    return files
+
+
+def check_fits(model: nn.Module, scheme: Scheme, format: str) -> None:
+    """UnsupportedError, before any work, if a linear will have no place in the format."""
+    writer_format = formats.get(format)
+    for name in linear_names(model):
+        linear = model.get_submodule(name)
+        reason = writer_format.refuse(scheme, linear.out_features, linear.in_features)
+        if reason:
+            raise UnsupportedError(f"{name} does not fit format {format}: {reason}")
+
+
+def _float_dtype(model: nn.Module) -> torch.dtype:
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+
+
+def _side_files(model: nn.Module) -> dict[str, bytes]:
+    generation = getattr(model, "generation_config", None)
+    if generation is None:
+        return {}
+    return {"generation_config.json": generation.to_json_string().encode()}
+
+
+def load(path: str | Path, dtype: torch.dtype | None = None) -> nn.Module:
+    """A quantised model directory, in any format that fewbit reads, onto fewbit's kernels.
+
+    Returns the transformers model in eval mode, its quantised linears as PackedLinear and all else
+    in ``dtype`` (None: as stored). Scales and codes are as stored in any case. Raises
+    CheckpointError for a directory that is damaged, incomplete or not quantised.
+    """
+    shards = Shards(path)
+    if "quantization_config" not in shards.config:
+        raise CheckpointError(f"{path} is not quantised: its config.json has no such section")
+    stored = find(shards, formats.parse(shards.config["quantization_config"]))
+    model = empty_model(path)
+    linears = {n for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    for name, linear in stored.items():
+        if name not in linears:
+            raise CheckpointError(f"{name} is quantised in the files, but no Linear of the model")
+        codes, extras = linear.codes(shards)
+        if extras:
+            raise UnsupportedError(f"{name} carries {', '.join(extras)}, which cannot run yet")
+        bias = shards.read(f"{name}.bias") if f"{name}.bias" in shards else None
+        replace_module(model, name, PackedLinear(Codes(*codes), linear.scheme, bias))
+    used = {full for linear in stored.values() for full in linear.names.values()}
+    used |= {f"{name}.bias" for name in stored}
+    rest = {name: shards.read(name) for name in shards.by_file() if name not in used}
+    _fill(model, rest, set(stored))
+    model.tie_weights()
+    missing = [n for n, p in model.named_parameters() if p.is_meta]
+    if missing:
+        raise CheckpointError(f"{path} lacks {min(missing)!r}, which the model needs")
+    if dtype is not None:
+        model.to(dtype)
+    return model.eval()
+
+
+def _fill(model: nn.Module, tensors: dict, packed: set[str]) -> None:
+    """Put stored tensors into the empty model, refusing names and shapes it does not have."""
+    own = {
+        name: tensor
+        for name, tensor in model.state_dict().items()
+        if name.rpartition(".")[0] not in packed
+    }
+    for name, tensor in tensors.items():
+        if name not in own:
+            raise CheckpointError(f"the files hold {name!r}, which the model does not have")
+        if tensor.shape != own[name].shape:
+            raise CheckpointError(
+                f"{name} is {list(tensor.shape)}, the model needs {list(own[name].shape)}"
+            )
+    model.load_state_dict(tensors, strict=False, assign=True)
+
+
+def empty_model(path: str | Path) -> nn.Module:
+    """The model that a directory's config.json describes: real buffers, parameters without data."""
+    hf = transformers()
+    if not (Path(path) / "config.json").is_file():
+        raise CheckpointError(f"{path} is not a model directory: it has no config.json")
+    try:
+        config = hf.AutoConfig.from_pretrained(path, local_files_only=True)
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config  # its modules are made here, not by transformers
+        with _parameters_on_meta():
+            return hf.AutoModelForCausalLM.from_config(config)
+    except (ValueError, KeyError, OSError) as error:
+        raise CheckpointError(f"{path} does not describe a causal model: {error}") from error
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Parameters made inside the block take no memory; buffers (rotary tables) are real."""
+    register = nn.Module.register_parameter
+
+    def on_meta(module, name, parameter):
+        if parameter is not None:
+            parameter = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
+        register(module, name, parameter)
+
+    nn.Module.register_parameter = on_meta
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register
+
+
+def load_float(path: str | Path, dtype: torch.dtype | None = torch.float32) -> nn.Module:
+    """A float model directory (safetensors), through transformers; never from the network."""
+    hf = transformers()
+    shards = Shards(path)  # refuses what is not a safetensors model directory
+    if "quantization_config" in shards.config:
+        method = shards.config["quantization_config"]
+        method = method.get("quant_method") if isinstance(method, dict) else method
+        raise UsageError(f"{path} is already quantised (quant_method {method!r})")
+    try:
+        model = hf.AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype or "auto", local_files_only=True, use_safetensors=True
+        )
+    except (ValueError, KeyError, OSError, RuntimeError) as error:
+        raise CheckpointError(f"{path} is not a causal model: {error}") from error
+    return model.eval()
+
+
+def load_any(path: str | Path, dtype: torch.dtype | None = torch.float32) -> nn.Module:
+    """A model directory, quantised or float."""
+    if "quantization_config" in Shards(path).config:
+        return load(path, dtype)
+    return load_float(path, dtype)
+
+
+def load_tokenizer(path: str | Path):
+    """The tokenizer of a model directory, from its own files."""
+    hf = transformers()
+    try:
+        return hf.AutoTokenizer.from_pretrained(path, local_files_only=True)
+    except (ValueError, KeyError, OSError) as error:
+        raise CheckpointError(f"{path} has no tokenizer that loads: {error}") from error

@@ -1,0 +1,68 @@
+"""What this installation has, and one line of fix for what it lacks."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+from dataclasses import dataclass
+
+import torch
+
+from . import _C, __version__
+
+EXTRAS = {
+    "transformers": ("hf", "reading and writing model directories"),
+    "matplotlib": ("report", "plots"),
+}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One fact; ``fix`` is empty when all is well."""
+
+    what: str
+    state: str
+    fix: str = ""
+
+    def __str__(self) -> str:
+        line = f"{'ok' if not self.fix else '--'}  {self.what:<14} {self.state}"
+        return f"{line}\n    fix: {self.fix}" if self.fix else line
+
+
+def examine() -> list[Finding]:
+    """Every finding, in the order in which a person would look."""
+    found = [
+        Finding("fewbit", f"{__version__}, native module {_C.__version__}"),
+        Finding("torch", f"{torch.__version__}, {torch.get_num_threads()} threads"),
+        _isa(),
+        _cuda(),
+    ]
+    for package, (extra, purpose) in EXTRAS.items():
+        if importlib.util.find_spec(package) is None:
+            found.append(
+                Finding(package, f"missing: needed for {purpose}", f"pip install 'fewbit[{extra}]'")
+            )
+        else:
+            found.append(Finding(package, importlib.metadata.version(package)))
+    return found
+
+
+def _isa() -> Finding:
+    wanted, names = os.environ.get("FEWBIT_ISA"), _C.available_isas()
+    state = f"{_C.isa()} in use, {', '.join(names)} available"
+    if wanted and wanted not in names:
+        return Finding(
+            "CPU kernels", f"{state}; FEWBIT_ISA={wanted} is ignored",
+            f"set FEWBIT_ISA to one of {', '.join(names)}, or unset it",
+        )
+    return Finding("CPU kernels", state)
+
+
+def _cuda() -> Finding:
+    if not torch.cuda.is_available():
+        return Finding("CUDA", "no GPU that torch can use: everything runs on the CPU")
+    name = torch.cuda.get_device_name()
+    if _C.cuda:
+        return Finding("CUDA", f"{name}, native kernels built")
+    return Finding("CUDA", f"{name}: operators run as plain torch compositions")

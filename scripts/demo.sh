@@ -1,0 +1,6 @@
+#!/usr/bin/env bash
+# The demo, from nothing: set up .venv, quantise the embedded model, print a table, write a plot.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+bash scripts/bootstrap.sh
+exec "${FEWBIT_VENV:-.venv}/bin/fewbit" demo "$@"

@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# All tests, from nothing: set up .venv, lint, run pytest on the installed package.
+# Arguments go to pytest: bash scripts/test.sh -k hadamard
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+bash scripts/bootstrap.sh
+venv="${FEWBIT_VENV:-.venv}"
+export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+# More threads than cores make OpenMP spin: leave the machine's number, but let waiting threads sleep.
+export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-passive}"
+exec "$venv/bin/python" -m pytest "$@"
