@@ -93,7 +93,10 @@ def test_says_what_is_wrong():
         ((x, torch.eye(12, dtype=torch.int8)), "base must hold .1 and -1, got 0"),
         ((x, torch.eye(12, dtype=torch.float64)), "base must be int8 .* or float32, got Double"),
         ((x, hadamard_matrix(12), torch.ones(24)), "signs must be Char, got Float"),
-        ((x, hadamard_matrix(12), torch.ones(3, dtype=torch.int8)), r"signs must have shape \[24\]"),
+        (
+            (x, hadamard_matrix(12), torch.ones(3, dtype=torch.int8)),
+            r"signs must have shape \[24\]",
+        ),
         ((torch.empty(1, 32769),), "x must be 1..32768 wide, got 32769"),
     ]:
         with pytest.raises(ValueError, match=message):

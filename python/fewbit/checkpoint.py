@@ -43,8 +43,8 @@ def save(
 ) -> list[str]:
     """Write a quantised transformers model to the directory ``path``; returns the file names.
 
-    ``format``: a name of ``fewbit.formats.WRITERS``. What is not quantised is written in the type it
-    has. Nothing is half-written: files get their names when all of them are complete. Raises
+    ``format``: a name of ``fewbit.formats.WRITERS``. What is not quantised is written in the type
+    it has. Nothing is half-written: files get their names when all of them are complete. Raises
     UsageError for a model without packed linears, UnsupportedError where one does not fit.
     """
     writer_format = formats.get(format)

@@ -108,7 +108,8 @@ def layer_speed(repeats: int = 8) -> dict:
     linears = [nn.Linear(k, n, bias=False) for n, k in LAYER]
     inputs = [torch.randn(1, k) for _, k in LAYER]
     packed = [PackedLinear.from_linear(m, Scheme.parse(SCHEME)) for m in linears]
-    half = [m.weight.detach().bfloat16() for m in linears]
+    weights = [m.weight.detach().bfloat16() for m in linears]
+    halves = list(zip(weights, inputs, strict=True))
 
     def best(step) -> float:
         times = []
@@ -121,9 +122,7 @@ def layer_speed(repeats: int = 8) -> dict:
     return {
         "shape": "one 7B decoder layer, one token",
         "float32_ms": best(lambda: [m(x) for m, x in zip(linears, inputs, strict=True)]),
-        "bfloat16_ms": best(
-            lambda: [nn.functional.linear(x.bfloat16(), w) for w, x in zip(half, inputs, strict=True)]
-        ),
+        "bfloat16_ms": best(lambda: [nn.functional.linear(x.bfloat16(), w) for w, x in halves]),
         "w4a16_ms": best(lambda: [m(x) for m, x in zip(packed, inputs, strict=True)]),
     }
 

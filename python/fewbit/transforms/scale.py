@@ -38,7 +38,7 @@ class Edge:
         if self.channel is None:
             return values
         count = int(self.channel.max()) + 1
-        total = torch.zeros(count).index_add_(0, self.channel, values)
+        total = values.new_zeros(count).index_add_(0, self.channel, values)
         return total / torch.bincount(self.channel, minlength=count)
 
     def to_readers(self, s: Tensor) -> Tensor:
