@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from . import ops
 from .errors import CalibrationError
 from .families import Family, decoder_layers
+from .linearise import Experts
 from .stats import Stats
 
 
@@ -155,12 +156,17 @@ def _token_windows(items: Sequence) -> Windows:
 
 @dataclass
 class LayerInput:
-    """One batch in front of a decoder layer: hidden states, the other arguments, real tokens."""
+    """One batch in front of a decoder layer: hidden states, the other arguments, real tokens.
+
+    ``others``: args and kwargs by ``id`` of the layer, where layers get different ones (sliding
+    and full attention have masks, and sometimes rotary tables, of their own).
+    """
 
     hidden: Tensor
     args: tuple
     kwargs: dict
     mask: Tensor | None
+    others: dict[int, tuple[tuple, dict]] = field(default_factory=dict)
 
 
 class _Captured(Exception):
@@ -168,11 +174,11 @@ class _Captured(Exception):
 
 
 class _Catcher(nn.Module):
-    """Stands in for the first layer and keeps what the model passes to it."""
+    """Stands in for a layer and keeps what the model passes to it; the last one ends the run."""
 
-    def __init__(self, layer: nn.Module) -> None:
+    def __init__(self, layer: nn.Module, last: bool) -> None:
         super().__init__()
-        self.layer = layer
+        self.layer, self.last = layer, last
         self.call: tuple = ()
 
     def __getattr__(self, name: str):
@@ -183,18 +189,24 @@ class _Catcher(nn.Module):
 
     def forward(self, hidden, *args, **kwargs):
         self.call = (hidden, args, kwargs)
-        raise _Captured
+        if self.last:
+            raise _Captured
+        return hidden
 
 
 @torch.no_grad()
 def capture(model: nn.Module, family: Family, data: Windows) -> list[LayerInput]:
     """What enters the first decoder layer, batch by batch."""
     layers = decoder_layers(model, family)
-    catcher = _Catcher(layers[0])
+    kinds = _layer_kinds(model, len(layers))
+    first = {kind: kinds.index(kind) for kind in dict.fromkeys(kinds)}
+    last = max(first.values())
+    catchers = {i: _Catcher(layers[i], i == last) for i in range(last + 1)}
     device = next(layers[0].parameters()).device
     limit = _vocabulary(model)
     captured = []
-    layers[0] = catcher
+    for i, catcher in catchers.items():
+        layers[i] = catcher
     try:
         for i, (ids, mask) in enumerate(zip(data.batches, data.masks, strict=True)):
             if limit is not None and (int(ids.min()) < 0 or int(ids.max()) >= limit):
@@ -205,11 +217,24 @@ def capture(model: nn.Module, family: Family, data: Windows) -> list[LayerInput]
             try:
                 model(input_ids=ids.to(device), use_cache=False, **extra)
             except _Captured:
-                hidden, args, kwargs = catcher.call
+                hidden, args, kwargs = catchers[0].call
                 captured.append(LayerInput(hidden, args, kwargs, mask))
+                if len(first) > 1:
+                    calls = {kind: catchers[n].call[1:] for kind, n in first.items()}
+                    real = [c.layer for c in catchers.values()] + list(layers[len(catchers) :])
+                    captured[-1].others = {
+                        id(layer): calls[kind] for layer, kind in zip(real, kinds, strict=True)
+                    }
     finally:
-        layers[0] = catcher.layer
+        for i, catcher in catchers.items():
+            layers[i] = catcher.layer
     return captured
+
+
+def _layer_kinds(model: nn.Module, count: int) -> list[str]:
+    """What kind of attention each layer has; layers of one kind get the same arguments."""
+    kinds = getattr(getattr(model, "config", None), "layer_types", None)
+    return list(kinds) if kinds and len(kinds) == count else [""] * count
 
 
 def _vocabulary(model: nn.Module) -> int | None:
@@ -219,12 +244,13 @@ def _vocabulary(model: nn.Module) -> int | None:
 @torch.no_grad()
 def run_layer(layer: nn.Module, inputs: list[LayerInput]) -> list[LayerInput]:
     """The inputs of the next layer."""
-    return [LayerInput(forward(layer, x), x.args, x.kwargs, x.mask) for x in inputs]
+    return [replace(x, hidden=forward(layer, x)) for x in inputs]
 
 
 def forward(layer: nn.Module, x: LayerInput) -> Tensor:
     """The hidden states that a decoder layer returns for one batch."""
-    out = layer(x.hidden, *x.args, **x.kwargs)
+    args, kwargs = x.others.get(id(layer), (x.args, x.kwargs))
+    out = layer(x.hidden, *args, **kwargs)
     return out[0] if isinstance(out, tuple) else out
 
 
@@ -243,15 +269,16 @@ def collect(
         for group in (sub.reads, (sub.writes,)):
             for path in group:
                 shared[path] = group[0]
-            sums[group[0]] = _Sums()
-            hook = sums[group[0]].hook
-            hooks.append(layer.get_submodule(group[0]).register_forward_pre_hook(hook))
+            linear = layer.get_submodule(group[0])
+            if group[0] not in sums:
+                sums[group[0]] = _Sums(linear, _experts_around(layer, group[0]))
+                hooks.append(linear.register_forward_pre_hook(sums[group[0]].hook))
     outputs = []
     try:
         for i, x in enumerate(inputs):
             for s in sums.values():
                 s.mask = x.mask
-            outputs.append(LayerInput(forward(layer, x), x.args, x.kwargs, x.mask))
+            outputs.append(replace(x, hidden=forward(layer, x)))
             for path, s in sums.items():
                 if not bool(s.max_abs.isfinite().all()):
                     raise CalibrationError(
@@ -264,24 +291,34 @@ def collect(
     return {path: made[first] for path, first in shared.items()}, outputs
 
 
-class _Sums:
-    """Running sums over batches; their order over tokens is fixed, so batching does not matter."""
+def _experts_around(layer: nn.Module, path: str) -> nn.Module | None:
+    """The linearise.Experts that the linear at ``path`` belongs to."""
+    parts = path.split(".")
+    around = (layer.get_submodule(".".join(parts[:n])) for n in range(1, len(parts)))
+    return next((m for m in around if isinstance(m, Experts)), None)
 
-    def __init__(self) -> None:
+
+class _Sums:
+    """Running sums over batches; their order over tokens is fixed, so batching does not matter.
+
+    ``experts``: the container of the expert whose linear this is, which knows the tokens' rows.
+    """
+
+    def __init__(self, linear: nn.Module, experts: nn.Module | None) -> None:
         self.tokens = 0
+        self.experts = experts
         self.mask: Tensor | None = None
-        self.sum_abs = self.max_abs = self.gram = None
+        k, device = linear.in_features, linear.weight.device
+        self.sum_abs = torch.zeros(k, dtype=torch.float64, device=device)
+        self.max_abs = torch.zeros(k, device=device)
+        self.gram = torch.zeros(k, k, device=device)
 
     def hook(self, module: nn.Module, args: tuple) -> None:
         x = args[0].detach()
         x = x.reshape(-1, x.shape[-1])
         if self.mask is not None:
-            x = x[self.mask.reshape(-1).to(x.device)]
-        if self.gram is None:
-            k = x.shape[1]
-            self.sum_abs = torch.zeros(k, dtype=torch.float64, device=x.device)
-            self.max_abs = torch.zeros(k, device=x.device)
-            self.gram = torch.zeros(k, k, device=x.device)
+            real = self.mask.reshape(-1).to(x.device)
+            x = x[real if self.experts is None else real[self.experts.rows]]
         ops.act_stats(x, self.sum_abs, self.max_abs)
         ops.gram(x, self.gram)
         self.tokens += x.shape[0]

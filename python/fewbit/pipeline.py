@@ -14,6 +14,7 @@ from .calibrate import Windows, capture, collect, run_layer, windows
 from .errors import UsageError
 from .families import Family, decoder_layers, describe
 from .linear import PACKABLE_BITS, PackedLinear
+from .linearise import linearise
 from .progress import Progress
 from .recipes import Recipe, build
 from .report import LinearRecord, Report
@@ -49,8 +50,12 @@ def quantize_(
     """
     recipe = build(method, scheme, **options)
     family = describe(model)
-    _check(model, family, recipe)
-    data = windows(calibration, tokenizer, window, samples) if recipe.needs_stats else None
+    undo = linearise(model, family)
+    try:
+        _check(model, family, recipe)
+        data = windows(calibration, tokenizer, window, samples) if recipe.needs_stats else None
+    finally:
+        undo()
     started = time.monotonic()
     report = Report(recipe.to_dict(), type(model).__name__, environment=environment())
     if data is not None:
@@ -59,6 +64,7 @@ def quantize_(
         }
     if keep_float:
         remember(model)
+    linearise(model, family)
     training = model.training
     model.eval()
     try:

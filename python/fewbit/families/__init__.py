@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 
 from torch import nn
@@ -28,6 +28,11 @@ class Sublayer:
     value projection of an attention, so that inner -> writes passes through head groups.
     ``elementwise`` is True when a positive per-channel scale passes from ``inner`` to ``writes``
     unchanged (v -> o; up -> down behind a gate; fc1 -> fc2 behind ReLU, but not behind GELU).
+    ``fused`` says which output channels of ``inner`` meet the writer where it makes more than that:
+    "qkv" (all queries, all keys, all values), "heads" (per key-value head: its queries, its key,
+    its value) or "gate_up" (gates, then ups); always the last part. ``also`` are modules with a
+    weight [.., hidden] that read the norm too and are never quantised (a router). A path may hold
+    ``*`` for the number of an expert: ``describe`` writes the sublayer out once per expert.
     """
 
     norm: str
@@ -36,6 +41,8 @@ class Sublayer:
     writes: str
     heads: bool = False
     elementwise: bool = True
+    fused: str = ""
+    also: tuple[str, ...] = ()
     query: str = ""  # an attention's query and key projections, where they are linears of their own
     key: str = ""
 
@@ -55,8 +62,12 @@ class Family:
     norm: str = "rms"  # "rms" or "layer" (mean is subtracted, bias is added)
     unit_offset: bool = False  # the norm multiplies by 1 + weight (Gemma)
     rope: bool = True  # queries and keys are rotated by position between projection and product
+    own_attention: bool = False  # its attention does not go through transformers' interface
     unrotatable: str = ""  # why the residual stream cannot be rotated; empty where it can
     refuse: dict[str, str] = field(default_factory=dict)  # config field=value -> reason
+    when: dict[str, object] = field(default_factory=dict)  # config values of this variant
+    experts: str = ""  # where a layer keeps fused expert weights (linearise.py unfuses them)
+    expert_count: str = ""  # the config field that counts them
 
     def linears(self) -> tuple[str, ...]:
         """The linears of one layer that are quantised, in the order of the forward pass."""
@@ -66,34 +77,57 @@ class Family:
 
 
 @cache
-def families() -> dict[str, Family]:
-    """Every described family by the architecture names it serves."""
-    table: dict[str, Family] = {}
+def families() -> dict[str, tuple[Family, ...]]:
+    """Every described family by the architecture names it serves, variants in order."""
+    table: dict[str, tuple[Family, ...]] = {}
     for info in pkgutil.iter_modules(__path__):
         module = importlib.import_module(f"{__name__}.{info.name}")
         for family in getattr(module, "FAMILIES", ()):
             for architecture in family.architectures:
-                table[architecture] = family
+                table[architecture] = (*table.get(architecture, ()), family)
     return table
 
 
 def describe(model: nn.Module) -> Family:
-    """The family of a live model, by its class name.
+    """The family of a live model, by its class name and configuration.
 
     Raises UnsupportedError, naming the class and the known ones, for an unknown architecture or a
     configuration that the family's file refuses.
     """
     name = type(model).__name__
-    family = families().get(name)
-    if family is None:
+    if name not in families():
         known = ", ".join(sorted(families()))
         raise UnsupportedError(f"no family describes {name}; described are: {known}")
     config = getattr(model, "config", None)
+    for family in families()[name]:
+        if all(getattr(config, key, None) == value for key, value in family.when.items()):
+            break
+    else:
+        fields = sorted({key for family in families()[name] for key in family.when})
+        values = ", ".join(f"{key}={getattr(config, key, None)!r}" for key in fields)
+        raise UnsupportedError(f"{name} with {values} is not described")
     for condition, reason in family.refuse.items():
-        key, value = condition.split("=")
-        if str(getattr(config, key, None)) == value:
-            raise UnsupportedError(f"{name} with {condition} is not supported: {reason}")
-    return family
+        key, _, value = condition.partition("=")
+        negated = key.endswith("!")
+        if (str(getattr(config, key.rstrip("!"), None)) == value) != negated:
+            found = f"{key.rstrip('!')}={getattr(config, key.rstrip('!'), None)}"
+            raise UnsupportedError(f"{name} with {found} is not supported: {reason}")
+    return _write_out(family, config) if family.experts else family
+
+
+def _write_out(family: Family, config) -> Family:
+    """The family with every sublayer that holds ``*`` repeated for each expert."""
+    count = getattr(config, family.expert_count)
+    sublayers: list[Sublayer] = []
+    for sub in family.sublayers:
+        if "*" not in sub.writes:
+            sublayers.append(sub)
+            continue
+        for i in range(count):
+            at = {name: getattr(sub, name).replace("*", str(i)) for name in ("inner", "writes")}
+            reads = tuple(path.replace("*", str(i)) for path in sub.reads)
+            sublayers.append(replace(sub, reads=reads, **at))
+    return replace(family, sublayers=tuple(sublayers))
 
 
 def decoder_layers(model: nn.Module, family: Family | None = None) -> nn.ModuleList:

@@ -1,4 +1,7 @@
-"""Llama and the models that share its layer: RMSNorm, SwiGLU, rotary, grouped-query attention."""
+"""Llama, Mistral, Qwen2, Qwen3: RMSNorm, SwiGLU, rotary, grouped-query attention.
+
+Qwen2 has biases on q, k and v; Qwen3 normalises each query and key head.
+"""
 
 from . import Family, Sublayer
 
@@ -21,7 +24,9 @@ MLP = Sublayer(
 FAMILIES = (
     Family(
         name="llama",
-        architectures=("LlamaForCausalLM",),
+        architectures=(
+            "LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"
+        ),
         embed="model.embed_tokens",
         layers="model.layers",
         sublayers=(ATTENTION, MLP),

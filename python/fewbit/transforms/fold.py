@@ -65,9 +65,10 @@ def _cast(module: nn.Module, dtypes: dict[str, torch.dtype]) -> None:
 
 
 def linear_at(root: nn.Module, path: str) -> nn.Linear:
-    """The nn.Linear at ``path``, or a refusal that names what is there instead."""
+    """The nn.Linear (or router) at ``path``, or a refusal that names what is there instead."""
     module = root.get_submodule(path)
-    if not isinstance(module, nn.Linear):
+    router = type(module).__name__.endswith("Router") and module.weight.dim() == 2
+    if not isinstance(module, nn.Linear) and not router:
         raise UnsupportedError(
             f"{path} is a {type(module).__name__}; folding and rotating need an nn.Linear with "
             "float weights, so they come before quantisation"
@@ -84,7 +85,8 @@ def norm_readers(family: Family) -> dict[str, tuple[str, ...]]:
     """Each norm of a layer with all linears behind it (parallel blocks share one norm)."""
     readers: dict[str, tuple[str, ...]] = {}
     for sub in family.sublayers:
-        readers[sub.norm] = tuple(dict.fromkeys((*readers.get(sub.norm, ()), *sub.reads)))
+        known = readers.get(sub.norm, ())
+        readers[sub.norm] = tuple(dict.fromkeys((*known, *sub.reads, *sub.also)))
     return readers
 
 

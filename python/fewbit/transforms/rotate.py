@@ -22,6 +22,7 @@ from ..kv import attach_kv, head_dim, route_attention
 from ..online import OnlineHadamard, attach
 from ..orthogonal import Rotation, rotation
 from . import LayerContext, Transform
+from .edges import inner_channels
 from .fold import FoldNorm, float64, linear_at, norm_readers, untie_head
 
 MARK = "fewbit_rotation"  # in the model's config, so that a saved model still carries it
@@ -118,7 +119,7 @@ class Rotate(Transform):
     def layer(self, layer: nn.Module, context: LayerContext) -> None:
         family, config = context.family, context.config
         writers = dict.fromkeys(s.writes for s in family.sublayers)
-        readers = {r for reads in norm_readers(family).values() for r in reads}
+        readers = dict.fromkeys(r for reads in norm_readers(family).values() for r in reads)
         norms = [layer.get_submodule(n) for n in norm_readers(family)]
         linears = {path: linear_at(layer, path) for path in (*readers, *writers)}
         with float64([*norms, *linears.values()]):
@@ -144,7 +145,8 @@ class Rotate(Transform):
         dim = head_dim(context.config)
         r2 = self.head(context.index, dim)
         if r2 is not None:
-            _rotate_outputs(linear_at(layer, sub.inner), r2)
+            rows, _ = inner_channels(layer, sub, context.config)
+            _rotate_outputs(linear_at(layer, sub.inner), r2, rows)
             o = linear_at(layer, sub.writes)
             o.weight.data = _blocks(o.weight.data, dim, r2)
         if self.r3 and context.family.rope:
@@ -168,6 +170,11 @@ def check_rotatable(model: nn.Module, family: Family, rotate: Rotate) -> None:
             f"{type(model).__name__} cannot be rotated: its embedding is {width} wide and the "
             f"residual stream {stream}, with a projection between them that no norm follows"
         )
+    if rotate.r3 and family.own_attention:
+        raise UnsupportedError(
+            f"r3 is not supported for {type(model).__name__}: its attention does not go through "
+            "transformers' attention interface, where queries and keys could be rotated"
+        )
     if rotate.r3 and not family.rope:
         for sub in family.sublayers:
             if sub.heads and not (sub.query and sub.key):
@@ -182,11 +189,19 @@ def _blocks(w: Tensor, dim: int, r: Rotation) -> Tensor:
     return r.right(w.reshape(w.shape[0], -1, dim)).reshape(w.shape)
 
 
-def _rotate_outputs(linear: nn.Linear, r: Rotation) -> None:
-    """Outputs y of a linear become y R, in blocks of R's width: W <- R^T W, c <- c R."""
-    linear.weight.data = _blocks(linear.weight.data.T, r.n, r).T.contiguous()
+def _rotate_outputs(linear: nn.Linear, r: Rotation, rows: Tensor | None = None) -> None:
+    """Outputs y of a linear become y R, in blocks of R's width: W <- R^T W, c <- c R.
+
+    ``rows``: only these outputs (the values of a fused qkv).
+    """
+    rows = slice(None) if rows is None else rows
+    weight = linear.weight.data.clone()
+    weight[rows] = _blocks(weight[rows].T, r.n, r).T
+    linear.weight.data = weight
     if linear.bias is not None:
-        linear.bias.data = _blocks(linear.bias.data[None], r.n, r)[0]
+        bias = linear.bias.data.clone()
+        bias[rows] = _blocks(bias[rows][None], r.n, r)[0]
+        linear.bias.data = bias
 
 
 def _rotate_norm_bias(norm: nn.Module, r: Rotation) -> None:
