@@ -1,0 +1,175 @@
+"""transformers: ``AutoModelForCausalLM.from_pretrained(dir)`` onto fewbit's kernels.
+
+transformers builds the model and loads what is float; each quantised Linear is an empty place until
+then, and is filled from the checked directory one at a time. Taken over are the methods awq, gptq
+and compressed-tensors, whose own backends need packages of 30 to 53 dependencies; ``unregister``
+gives them back.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from torch import Tensor, nn
+from transformers.quantizers import auto
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from .. import formats
+from ..errors import CheckpointError, UnsupportedError
+from ..linear import PackedLinear
+from ..modules import build_linear, module_tensors
+from ..shards import Shards
+from ..stored import Stored, find
+
+METHODS = ("fewbit", "awq", "gptq", "compressed-tensors", "smooth_quant")
+ANY = "fewbit-any"  # fewbit.load's way to methods that transformers keeps for others
+_before: dict[str, tuple] = {}
+
+
+class FewbitConfig(QuantizationConfigMixin):
+    """The ``quantization_config`` section as it stands in the file."""
+
+    def __init__(self, **section) -> None:
+        self.__dict__.update(section)
+
+    @property
+    def section(self) -> dict:
+        """As written, without the wrapping of ``ANY``."""
+        stored = self.to_dict()
+        return stored["stored"] if stored["quant_method"] == ANY else stored
+
+
+class Place(nn.Module):
+    """Where a quantised Linear will be: its sizes, and the bias that transformers loads."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.register_parameter("bias", linear.bias)
+
+
+class FewbitQuantizer(HfQuantizer):
+    """Puts fewbit's modules in the place of the Linears that a checkpoint holds quantised."""
+
+    requires_calibration = True  # nothing is quantised while loading
+
+    def __init__(self, quantization_config, **kwargs) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self.plan = formats.parse(quantization_config.section)
+        self.places: dict[str, Stored] = {}
+        self.shards: Shards | None = None
+
+    def _process_model_before_weight_loading(self, model, checkpoint_files=None, **kwargs):
+        if not checkpoint_files:
+            raise CheckpointError("a quantised model is loaded from a directory, not a state_dict")
+        self.shards = Shards(Path(checkpoint_files[0]).parent)
+        modules = dict(model.named_modules())
+        for name, stored in find(self.shards, self.plan).items():
+            place = _name_in_model(name, modules, model.base_model_prefix)
+            if place is None:
+                continue  # transformers reports it among the unexpected keys
+            linear = modules[place]
+            if not isinstance(linear, nn.Linear):
+                raise UnsupportedError(f"{name} is quantised, but is no Linear in {type(model)}")
+            check_size(stored, linear)
+            _replace(model, place, Place(linear))
+            self.places[place] = stored
+        known = "|".join(re.escape(name) for name in self.places)
+        model._keys_to_ignore_on_load_unexpected = {
+            *(model._keys_to_ignore_on_load_unexpected or ()),
+            rf"(?:^|\.)(?:{known})\.",
+        }
+
+    def _process_model_after_weight_loading(self, model, **kwargs):
+        fill(model, self.shards, self.places)
+        self.shards = None
+        section = self.quantization_config.section
+        model.config.quantization_config = FewbitConfig(**section)
+        self.quantization_config = model.config.quantization_config
+        return model
+
+    def get_state_dict_and_metadata(self, model):
+        return stored_state(model, self.plan.format), {}
+
+    def is_serializable(self) -> bool:
+        return self.plan.format.writable
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+
+def fill(model: nn.Module, shards: Shards, places: dict[str, Stored]) -> None:
+    """Read every quantised Linear, in file order, and put its module into its place."""
+    by_file = sorted(
+        places, key=lambda p: (shards.entries[next(iter(places[p].names.values()))].file, p)
+    )
+    devices = getattr(model, "hf_device_map", None)
+    for place in by_file:
+        bias = model.get_submodule(place).bias
+        module = build_linear(places[place], shards, bias, model.get_submodule(place).in_features)
+        module = module.to(_device(place, devices, model))
+        _replace(model, place, module)
+
+
+def stored_state(model: nn.Module, format: formats.Format) -> dict[str, Tensor]:
+    """A state dict in which the quantised Linears are as the format stores them."""
+    state, packed = model.state_dict(), {}
+    for name, module in model.named_modules():
+        if isinstance(module, PackedLinear):
+            for buffer, _ in module.named_buffers(recurse=False):
+                if buffer != "bias":
+                    state.pop(f"{name}.{buffer}", None)
+            tensors = module_tensors(module, format, name)
+            packed |= {f"{name}.{suffix}": tensor for suffix, tensor in tensors.items()}
+    return state | packed
+
+
+def check_size(stored: Stored, linear: nn.Linear) -> None:
+    """The sizes on disk against those that the model's config asks for."""
+    found, want = (stored.out_features, stored.in_features), linear.weight.shape
+    if stored.in_features >= 0 and found != tuple(want):
+        raise CheckpointError(f"{stored.name} is stored as {list(found)}, the model has {want}")
+
+
+def register() -> None:
+    """Take the methods over; a second call changes nothing."""
+    for method in (*METHODS, ANY):
+        if method not in _before:
+            tables = (auto.AUTO_QUANTIZATION_CONFIG_MAPPING, auto.AUTO_QUANTIZER_MAPPING)
+            _before[method] = tuple(table.pop(method, None) for table in tables)
+            auto.register_quantization_config(method)(FewbitConfig)
+            auto.register_quantizer(method)(FewbitQuantizer)
+
+
+def unregister() -> None:
+    """Give transformers its own loaders back."""
+    for method, entries in _before.items():
+        tables = (auto.AUTO_QUANTIZATION_CONFIG_MAPPING, auto.AUTO_QUANTIZER_MAPPING)
+        for table, entry in zip(tables, entries, strict=True):
+            table.pop(method, None)
+            if entry is not None:
+                table[method] = entry
+    _before.clear()
+
+
+def _name_in_model(name: str, modules: dict[str, nn.Module], prefix: str) -> str | None:
+    """A base model has no prefix, its checkpoint may; and the other way round."""
+    for candidate in (name, name.removeprefix(prefix + "."), f"{prefix}.{name}"):
+        if candidate in modules:
+            return candidate
+    return None
+
+
+def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, child = path.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+def _device(place: str, devices: dict | None, model: nn.Module):
+    if not devices:
+        return model.device
+    best = max((p for p in devices if place == p or place.startswith(f"{p}." if p else "")), key=len)
+    return devices[best]

@@ -1,0 +1,77 @@
+"""From a stored Linear to the module that runs it, and back."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import Tensor, nn
+
+from .errors import UnsupportedError
+from .formats import Format
+from .formats.bitsandbytes import Bnb4
+from .linear import PackedLinear
+from .scheme import FLOAT_BITS, Codes, Scheme
+from .shards import Shards
+from .stored import Stored
+
+
+class OrderedLinear(PackedLinear):
+    """A PackedLinear whose columns were put in activation order (GPTQ ``desc_act``).
+
+    ``order`` int64 [in_features]: column j of the codes multiplies input order[j].
+    """
+
+    def __init__(
+        self, codes: Codes, scheme: Scheme, bias: Tensor | None, order: Tensor
+    ) -> None:
+        super().__init__(codes, scheme, bias)
+        self.register_buffer("order", order)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x[..., self.order])
+
+    @property
+    def weight(self) -> Tensor:
+        return super().weight[:, torch.argsort(self.order)]
+
+
+def build_linear(
+    stored: Stored, shards: Shards, bias: Tensor | None, in_features: int
+) -> nn.Module:
+    """The module for one stored Linear; its bias is the model's."""
+    if isinstance(stored.format, Bnb4):
+        rows = stored.tensors(shards)
+        weight = stored.format.weight(rows, _rows(rows, in_features), in_features, stored.name)
+        return _float_linear(weight, bias)
+    codes, extras = stored.codes(shards)
+    scheme = stored.scheme
+    if scheme.activation_bits < FLOAT_BITS:
+        warnings.warn(
+            f"{scheme}: activations stay float, only the weights are quantised",
+            stacklevel=2,
+        )
+    if "order" in extras:
+        return OrderedLinear(codes, scheme, bias, extras["order"])
+    return PackedLinear(codes, scheme, bias)
+
+
+def module_tensors(module: PackedLinear, format: Format, name: str) -> dict[str, Tensor]:
+    """What the format stores for a module; UnsupportedError names the module that does not fit."""
+    extras = {"order": module.order} if isinstance(module, OrderedLinear) else {}
+    try:
+        return format.pack(module.codes(), module.scheme, **extras)
+    except UnsupportedError as error:
+        raise UnsupportedError(f"{name}: {error}") from error
+
+
+def _rows(tensors: dict[str, Tensor], in_features: int) -> int:
+    return 2 * tensors["weight"].numel() // max(in_features, 1)
+
+
+def _float_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        linear.bias = nn.Parameter(bias.detach(), requires_grad=False)
+    return linear
