@@ -22,9 +22,7 @@ class OrderedLinear(PackedLinear):
     ``order`` int64 [in_features]: column j of the codes multiplies input order[j].
     """
 
-    def __init__(
-        self, codes: Codes, scheme: Scheme, bias: Tensor | None, order: Tensor
-    ) -> None:
+    def __init__(self, codes: Codes, scheme: Scheme, bias: Tensor | None, order: Tensor) -> None:
         super().__init__(codes, scheme, bias)
         self.register_buffer("order", order)
 

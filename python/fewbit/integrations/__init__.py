@@ -43,6 +43,4 @@ def install() -> None:
 
 def register() -> None:
     """Let ``from_pretrained`` load what fewbit reads."""
-    from . import hf
-
-    hf.register()
+    from . import hf  # noqa: F401 - registers itself

@@ -24,7 +24,6 @@ from ..shards import Shards
 from ..stored import Stored, find
 
 METHODS = ("fewbit", "awq", "gptq", "compressed-tensors", "smooth_quant")
-ANY = "fewbit-any"  # fewbit.load's way to methods that transformers keeps for others
 _before: dict[str, tuple] = {}
 
 
@@ -33,12 +32,6 @@ class FewbitConfig(QuantizationConfigMixin):
 
     def __init__(self, **section) -> None:
         self.__dict__.update(section)
-
-    @property
-    def section(self) -> dict:
-        """As written, without the wrapping of ``ANY``."""
-        stored = self.to_dict()
-        return stored["stored"] if stored["quant_method"] == ANY else stored
 
 
 class Place(nn.Module):
@@ -57,7 +50,7 @@ class FewbitQuantizer(HfQuantizer):
 
     def __init__(self, quantization_config, **kwargs) -> None:
         super().__init__(quantization_config, **kwargs)
-        self.plan = formats.parse(quantization_config.section)
+        self.plan = formats.parse(quantization_config.to_dict())
         self.places: dict[str, Stored] = {}
         self.shards: Shards | None = None
 
@@ -85,9 +78,6 @@ class FewbitQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model, **kwargs):
         fill(model, self.shards, self.places)
         self.shards = None
-        section = self.quantization_config.section
-        model.config.quantization_config = FewbitConfig(**section)
-        self.quantization_config = model.config.quantization_config
         return model
 
     def get_state_dict_and_metadata(self, model):
@@ -136,7 +126,7 @@ def check_size(stored: Stored, linear: nn.Linear) -> None:
 
 def register() -> None:
     """Take the methods over; a second call changes nothing."""
-    for method in (*METHODS, ANY):
+    for method in METHODS:
         if method not in _before:
             tables = (auto.AUTO_QUANTIZATION_CONFIG_MAPPING, auto.AUTO_QUANTIZER_MAPPING)
             _before[method] = tuple(table.pop(method, None) for table in tables)
@@ -171,5 +161,10 @@ def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
 def _device(place: str, devices: dict | None, model: nn.Module):
     if not devices:
         return model.device
-    best = max((p for p in devices if place == p or place.startswith(f"{p}." if p else "")), key=len)
+    best = max(
+        (p for p in devices if place == p or place.startswith(f"{p}." if p else "")), key=len
+    )
     return devices[best]
+
+
+register()
