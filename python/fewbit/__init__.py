@@ -12,6 +12,7 @@ import importlib
 import torch as _torch  # noqa: F401  (the native module needs its libraries loaded)
 
 from . import _C
+from . import integrations as _integrations
 
 __version__ = _C.__version__
 
@@ -49,3 +50,6 @@ def __getattr__(name: str):
 
 def __dir__() -> list[str]:
     return sorted(__all__)
+
+
+_integrations.install()  # transformers' from_pretrained, once transformers is imported

@@ -6,6 +6,7 @@ layouts are those of formats/.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,11 +15,15 @@ import torch
 from torch import nn
 
 from . import formats
+from .convert import finish
 from .errors import CheckpointError, MissingExtraError, UnsupportedError, UsageError
 from .families import linear_names
+from .integrations import attach
 from .linear import PackedLinear
+from .modules import build_linear, module_tensors
+from .online import online_paths
 from .pipeline import replace_module
-from .scheme import Codes, Scheme
+from .scheme import Scheme
 from .shards import Shards, Writer, same_directory
 from .stored import find
 
@@ -57,33 +62,41 @@ def save(
     source = getattr(config, "_name_or_path", "")
     if source and same_directory(source, path):
         raise CheckpointError(f"{path} is the directory that the model was read from")
-    for name, module in packed.items():
-        reason = writer_format.refuse(module.scheme, module.out_features, module.in_features)
+    online = online_paths(model)
+    if online:
+        raise UnsupportedError(
+            f"{online[0]} needs an online Hadamard transform (R4), which no format that is written "
+            "here can say; rotate with r4=None to save"
+        )
+    schemes = {name: module.scheme for name, module in packed.items()}
+    shapes = {name: (module.out_features, module.in_features) for name, module in packed.items()}
+    for name, (n, k) in shapes.items():
+        reason = writer_format.refuse(schemes[name], n, k)
         if reason:
             raise UnsupportedError(f"{name} does not fit format {format}: {reason}")
+    ignore = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n not in packed]
+    section = writer_format.config(schemes, ignore)
 
     with Writer(path, max_shard_size) as writer:
         for name, module in packed.items():
-            tensors = writer_format.pack(module.codes(), module.scheme)
+            tensors = module_tensors(module, writer_format, name)
             if module.bias is not None:
                 tensors["bias"] = module.bias
             writer.add({f"{name}.{suffix}": tensor for suffix, tensor in tensors.items()})
         tied = set(getattr(model, "_tied_weights_keys", None) or ())
-        if not getattr(config, "tie_word_embeddings", False):
+        if not getattr(config, "tie_word_embeddings", False) or "lm_head" in packed:
             tied = set()
         for name, tensor in model.state_dict().items():
             if name.rpartition(".")[0] not in packed and name not in tied:
                 writer.add({name: tensor})
-        ignore = [
-            n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n not in packed
-        ]
-        schemes = {name: module.scheme for name, module in packed.items()}
         described = config.to_diff_dict()
-        described.pop("_name_or_path", None)
-        described["quantization_config"] = writer_format.config(schemes, ignore)
+        for key in ("_name_or_path", "quantization_config"):
+            described.pop(key, None)
+        if "lm_head" in packed:
+            described["tie_word_embeddings"] = False
         described["architectures"] = [type(model).__name__]
         described["dtype"] = str(_float_dtype(model)).removeprefix("torch.")
-        files = writer.finish(described, _side_files(model))
+        files = finish(writer, described, section, _side_files(model))
     if tokenizer is not None:
         tokenizer.save_pretrained(path)
     return files
@@ -126,11 +139,8 @@ def load(path: str | Path, dtype: torch.dtype | None = None) -> nn.Module:
     for name, linear in stored.items():
         if name not in linears:
             raise CheckpointError(f"{name} is quantised in the files, but no Linear of the model")
-        codes, extras = linear.codes(shards)
-        if extras:
-            raise UnsupportedError(f"{name} carries {', '.join(extras)}, which cannot run yet")
         bias = shards.read(f"{name}.bias") if f"{name}.bias" in shards else None
-        replace_module(model, name, PackedLinear(Codes(*codes), linear.scheme, bias))
+        replace_module(model, name, build_linear(linear, shards, bias, model.get_submodule(name)))
     used = {full for linear in stored.values() for full in linear.names.values()}
     used |= {f"{name}.bias" for name in stored}
     rest = {name: shards.read(name) for name in shards.by_file() if name not in used}
@@ -141,6 +151,7 @@ def load(path: str | Path, dtype: torch.dtype | None = None) -> nn.Module:
         raise CheckpointError(f"{path} lacks {min(missing)!r}, which the model needs")
     if dtype is not None:
         model.to(dtype)
+    attach(model, shards.config["quantization_config"])
     return model.eval()
 
 
@@ -151,13 +162,17 @@ def _fill(model: nn.Module, tensors: dict, packed: set[str]) -> None:
         for name, tensor in model.state_dict().items()
         if name.rpartition(".")[0] not in packed
     }
+    ignored = [*(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()), r"\.inv_freq$"]
     for name, tensor in tensors.items():
+        if name not in own and any(re.search(pattern, name) for pattern in ignored):
+            continue
         if name not in own:
             raise CheckpointError(f"the files hold {name!r}, which the model does not have")
         if tensor.shape != own[name].shape:
             raise CheckpointError(
                 f"{name} is {list(tensor.shape)}, the model needs {list(own[name].shape)}"
             )
+    tensors = {name: tensor for name, tensor in tensors.items() if name in own}
     model.load_state_dict(tensors, strict=False, assign=True)
 
 

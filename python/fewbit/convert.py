@@ -96,12 +96,22 @@ def convert(
         config = {k: v for k, v in shards.config.items() if k != "quantization_config"}
         nbytes = writer.total
         files = finish(writer, config, section, side_files(shards.path, SIDE_FILES))
-    shapes = {name: (m.out_features, m.in_features) for name, m in stored.items()}
-    skipped = tuple(name for name in ignore if name != "lm_head")
-    facts = Facts(to, schemes, shapes, skipped, str(shards.config.get("model_type", "")))
     return Converted(
-        plan.format.name, to, len(stored), nbytes, files, validate(facts), list(plan.notes)
+        plan.format.name, to, len(stored), nbytes, files, verdicts(target), list(plan.notes)
     )
+
+
+def verdicts(path: str | Path) -> list[Verdict]:
+    """Which engines load the quantised model in a directory; reads headers only."""
+    shards = Shards(path)
+    plan = formats.parse(shards.config.get("quantization_config"))
+    stored = find(shards, plan)
+    taken = {name for module in stored.values() for name in module.names.values()}
+    floats = [name for name in shards.by_file() if name not in taken]
+    skipped = tuple(n for n in float_linears(shards, floats, stored) if n != "lm_head")
+    schemes = {name: module.scheme for name, module in stored.items()}
+    shapes = {name: (m.out_features, m.in_features) for name, m in stored.items()}
+    return validate(Facts(plan.format.name, schemes, shapes, skipped))
 
 
 def repack(shards: Shards, module: Stored, to: Format, scheme: Scheme) -> dict[str, Any]:

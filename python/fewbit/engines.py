@@ -35,7 +35,6 @@ class Facts(NamedTuple):
     schemes: Mapping[str, Scheme]
     shapes: Mapping[str, tuple[int, int]]
     skipped: tuple[str, ...] = ()  # Linears left float, the head apart
-    model_type: str = ""
 
     def all_schemes(self) -> list[Scheme]:
         return sorted(set(self.schemes.values()), key=str)

@@ -7,7 +7,7 @@ import warnings
 import torch
 from torch import Tensor, nn
 
-from .errors import UnsupportedError
+from .errors import CheckpointError, UnsupportedError
 from .formats import Format
 from .formats.bitsandbytes import Bnb4
 from .linear import PackedLinear
@@ -35,13 +35,21 @@ class OrderedLinear(PackedLinear):
 
 
 def build_linear(
-    stored: Stored, shards: Shards, bias: Tensor | None, in_features: int
+    stored: Stored, shards: Shards, bias: Tensor | None, place: nn.Module
 ) -> nn.Module:
-    """The module for one stored Linear; its bias is the model's."""
+    """The module for one stored Linear, of the sizes of ``place``; the bias is the model's.
+
+    Raises CheckpointError when the stored sizes are others.
+    """
+    n, k = place.out_features, place.in_features
     if isinstance(stored.format, Bnb4):
-        rows = stored.tensors(shards)
-        weight = stored.format.weight(rows, _rows(rows, in_features), in_features, stored.name)
+        weight = stored.format.weight(stored.tensors(shards), n, k, stored.name)
         return _float_linear(weight, bias)
+    if (stored.out_features, stored.in_features) != (n, k):
+        raise CheckpointError(
+            f"{stored.name} is stored as {stored.out_features} x {stored.in_features}, the model "
+            f"has {n} x {k}"
+        )
     codes, extras = stored.codes(shards)
     scheme = stored.scheme
     if scheme.activation_bits < FLOAT_BITS:
@@ -61,10 +69,6 @@ def module_tensors(module: PackedLinear, format: Format, name: str) -> dict[str,
         return format.pack(module.codes(), module.scheme, **extras)
     except UnsupportedError as error:
         raise UnsupportedError(f"{name}: {error}") from error
-
-
-def _rows(tensors: dict[str, Tensor], in_features: int) -> int:
-    return 2 * tensors["weight"].numel() // max(in_features, 1)
 
 
 def _float_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:

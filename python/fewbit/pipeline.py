@@ -13,6 +13,7 @@ from . import _C
 from .calibrate import Windows, capture, collect, run_layer, windows
 from .errors import UsageError
 from .families import Family, decoder_layers, describe
+from .integrations import attach
 from .linear import PACKABLE_BITS, PackedLinear
 from .linearise import linearise
 from .progress import Progress
@@ -73,6 +74,7 @@ def quantize_(
         model.train(training)
     report.seconds = time.monotonic() - started
     model.__dict__["_fewbit_quantized"] = str(recipe.scheme)
+    attach(model)
     return report
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from .errors import UsageError
+from .integrations import detach
 
 _MARK = "_fewbit_undo"
 
@@ -53,6 +54,7 @@ def restore_(model: nn.Module) -> nn.Module:
         )
     snapshot.restore(model)
     forget(model)
+    detach(model)
     return model
 
 

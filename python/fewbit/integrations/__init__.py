@@ -44,3 +44,20 @@ def install() -> None:
 def register() -> None:
     """Let ``from_pretrained`` load what fewbit reads."""
     from . import hf  # noqa: F401 - registers itself
+
+
+def attach(model, section: dict | None = None) -> None:
+    """Make a transformers model's ``save_pretrained`` write its quantised form."""
+    if AWAITED in sys.modules and hasattr(model, "save_pretrained"):
+        from . import hf
+
+        hf.attach(model, section)
+
+
+def detach(model) -> None:
+    """Undo ``attach``."""
+    for name in ("hf_quantizer", "is_quantized", "quantization_method"):
+        model.__dict__.pop(name, None)
+    config = getattr(model, "config", None)
+    if getattr(config, "quantization_config", None) is not None:
+        del config.quantization_config

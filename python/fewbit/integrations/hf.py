@@ -19,7 +19,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from .. import formats
 from ..errors import CheckpointError, UnsupportedError
 from ..linear import PackedLinear
-from ..modules import build_linear, module_tensors
+from ..modules import OrderedLinear, build_linear, module_tensors
 from ..shards import Shards
 from ..stored import Stored, find
 
@@ -66,7 +66,6 @@ class FewbitQuantizer(HfQuantizer):
             linear = modules[place]
             if not isinstance(linear, nn.Linear):
                 raise UnsupportedError(f"{name} is quantised, but is no Linear in {type(model)}")
-            check_size(stored, linear)
             _replace(model, place, Place(linear))
             self.places[place] = stored
         known = "|".join(re.escape(name) for name in self.places)
@@ -91,6 +90,50 @@ class FewbitQuantizer(HfQuantizer):
         return False
 
 
+class LiveQuantizer(FewbitQuantizer):
+    """For models quantised or loaded in this process, so that ``save_pretrained`` writes them."""
+
+    def __init__(self, section: dict | None) -> None:
+        self.section = section
+        self.pre_quantized = True
+        self.quantization_config = FewbitConfig(**(section or {"quant_method": "fewbit"}))
+
+    def get_state_dict_and_metadata(self, model):
+        packed = {n: m for n, m in model.named_modules() if isinstance(m, PackedLinear)}
+        format = _fitting(packed, self.section)
+        linears = (n for n, m in model.named_modules() if isinstance(m, nn.Linear))
+        section = format.config({n: m.scheme for n, m in packed.items()}, list(linears))
+        model.config.quantization_config = self.quantization_config = FewbitConfig(**section)
+        return stored_state(model, format), {}
+
+    def is_serializable(self) -> bool:
+        return True
+
+
+def attach(model: nn.Module, section: dict | None = None) -> None:
+    """Make ``model.save_pretrained`` write the quantised form, as ``section`` says or as fits."""
+    model.hf_quantizer = LiveQuantizer(section)
+    model.is_quantized = True
+    model.quantization_method = model.hf_quantizer.quantization_config.quant_method
+    if section is not None:
+        model.config.quantization_config = model.hf_quantizer.quantization_config
+
+
+def _fitting(packed: dict[str, PackedLinear], section: dict | None) -> formats.Format:
+    """The format that the model came from, or the first that holds every Linear."""
+    wanted = [formats.parse(section).format] if section else []
+    for format in (*wanted, *map(formats.get, ("compressed-tensors", "int-quantized", "fewbit"))):
+        linears = packed.values()
+        if format.writable and not any(
+            isinstance(m, OrderedLinear)
+            and "order" not in format.holds
+            or format.refuse(m.scheme, m.out_features, m.in_features)
+            for m in linears
+        ):
+            return format
+    raise UnsupportedError("no format holds this model")  # fewbit's own refuses nothing
+
+
 def fill(model: nn.Module, shards: Shards, places: dict[str, Stored]) -> None:
     """Read every quantised Linear, in file order, and put its module into its place."""
     by_file = sorted(
@@ -99,7 +142,7 @@ def fill(model: nn.Module, shards: Shards, places: dict[str, Stored]) -> None:
     devices = getattr(model, "hf_device_map", None)
     for place in by_file:
         bias = model.get_submodule(place).bias
-        module = build_linear(places[place], shards, bias, model.get_submodule(place).in_features)
+        module = build_linear(places[place], shards, bias, model.get_submodule(place))
         module = module.to(_device(place, devices, model))
         _replace(model, place, module)
 
@@ -115,13 +158,6 @@ def stored_state(model: nn.Module, format: formats.Format) -> dict[str, Tensor]:
             tensors = module_tensors(module, format, name)
             packed |= {f"{name}.{suffix}": tensor for suffix, tensor in tensors.items()}
     return state | packed
-
-
-def check_size(stored: Stored, linear: nn.Linear) -> None:
-    """The sizes on disk against those that the model's config asks for."""
-    found, want = (stored.out_features, stored.in_features), linear.weight.shape
-    if stored.in_features >= 0 and found != tuple(want):
-        raise CheckpointError(f"{stored.name} is stored as {list(found)}, the model has {want}")
 
 
 def register() -> None:
