@@ -20,43 +20,7 @@ import torch
 from torch import Tensor
 
 from .errors import UnsupportedError, UsageError
-
-# Four +-1 circulant rows of length t whose periodic autocorrelations sum to 0, hence a Hadamard
-# matrix of order 4 t. Bit i of a row is set where entry i is -1. Only orders that Paley misses.
-# Found by search over unions of orbits of a multiplier group; 107 follows from the Turyn-type
-# sequences of length 36 of H. Kharaghani and B. Tayfeh-Rezaie (2005).
-_ROWS: dict[int, tuple[str, str, str, str]] = {
-    23: ("675ae6", "70180e", "296694", "41db82"),
-    29: ("715ea38", "657fa98", "1a0ccc16", "4b12348"),
-    39: ("3c6855dbca", "344414b9c0", "640e96afd8", "11dc0cb26c"),
-    43: ("22e743d18ba", "5e7fddc15ec", "34cf5a50cd2", "36761ef2a8"),
-    65: ("1b78ea13b7615e7b6", "1a65fa6581b8a8ec", "1e58a051a7a477712", "1c682c7abfa667fd4"),
-    67: ("251dd1f0c02713e68", "7df24abd940e506c4", "549db90d442914838", "5c1358b6c65e70442"),
-    73: (
-        "1a25619de50e5ecba48", "1a3138097b15075cfb6",
-        "1a347980bb1b41567b6", "1eb23c743f91b9d57fe",
-    ),
-    93: (
-        "1a3529c9764bc719e9b5977e", "58f42edd073b38bcd51bd7e",
-        "1a2031416d0dc059b38d53de", "55dd9e9bce0ff65a3ec6a0",
-    ),
-    101: (
-        "11a2b4bfcba083e95accf3ea76", "134699cc46af78249c2618fa8",
-        "de0b8b0c0ca0fef1ffc659eba", "128a94333b5702ba9301b26656",
-    ),
-    107: (
-        "5e121f53c21158b3e8768c88682", "4e10cdac121158b3e889737797d",
-        "5e121f53c5eea74c1789737797d", "31ef3253ea1158b3e889737797d",
-    ),
-    113: (
-        "1522f7679d09b1181002f28b810fc", "1360ee0695701314a886b5a5924b6",
-        "1c152a9afe123e23c1230aeecfbb0", "925deb43719873bc122b8e5ce364",
-    ),
-    119: (
-        "69c7b06aca113d99b48857560fe396", "7febacdb98f4f68f92d4ee34ea6880",
-        "145724772b59706f2f1dcb37977e", "116172c572b59f1672f1ddb37d7fe",
-    ),
-}
+from .hadamard_rows import ROWS
 
 
 def _prime_power(q: int) -> tuple[int, int] | None:
@@ -123,10 +87,10 @@ def _paley_2(n: int) -> Tensor | None:
 
 def _goethals_seidel(n: int) -> Tensor | None:
     t = n // 4
-    if n % 4 or t not in _ROWS:
+    if n % 4 or t not in ROWS:
         return None
     shift = (torch.arange(t)[None, :] - torch.arange(t)[:, None]) % t
-    bits = ([int(row, 16) >> i & 1 for i in range(t)] for row in _ROWS[t])
+    bits = ([int(row, 16) >> i & 1 for i in range(t)] for row in ROWS[t])
     a, b, c, d = (1 - 2 * torch.tensor(row)[shift] for row in bits)
     br, cr, dr = b.flip(1), c.flip(1), d.flip(1)
     bt, ct, dt = b.T.flip(1), c.T.flip(1), d.T.flip(1)
@@ -155,7 +119,7 @@ def _reachable(n: int) -> bool:
         n & (n - 1) == 0
         or (n % 4 == 0 and _prime_power(n - 1) is not None)
         or (n % 4 == 0 and q % 4 == 1 and _prime_power(q) is not None)
-        or (n % 4 == 0 and n // 4 in _ROWS)
+        or (n % 4 == 0 and n // 4 in ROWS)
     )
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import MissingExtraError, UnsupportedError, UsageError
-from .online import OnlineHadamard
+from .online import OnlineHadamard, straight_through
 from .orthogonal import rotation
 
 SLOT = "online_kv"
@@ -97,8 +97,8 @@ class OnlineKV(nn.Module):
         return q, k, v
 
     def through(self, x: Tensor) -> Tensor:
-        """x on its grid and back."""
-        return kv_values(self.codes(x), x.dtype)
+        """x on its grid and back; a gradient passes straight through."""
+        return straight_through(lambda t: kv_values(self.codes(t), t.dtype), x)
 
     def codes(self, x: Tensor) -> KVCodes:
         return kv_codes(x, self.bits, self.symmetric, self.clip)

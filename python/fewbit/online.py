@@ -7,6 +7,8 @@ the weight really meets. ``carry`` moves them when a linear is replaced by its p
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -55,6 +57,65 @@ class OnlineHadamard(nn.Module):
     def extra_repr(self) -> str:
         kind = "Hadamard" if self.plan.exact else "Hartley"
         return f"{self.plan.n} = {self.plan.m} ({kind}) x 2^{self.plan.k}"
+
+
+class ActivationQuant(nn.Module):
+    """Puts the input of a linear on a grid and back: one scale (and zero point) per token.
+
+    x [..., width] of any float type, arithmetic in float32. The range holds 0 and is shrunk by
+    ``clip``; ``symmetric`` fixes the zero point in the middle. ``per`` "tensor": one scale for all
+    tokens of the call.
+    """
+
+    def __init__(
+        self, bits: int, symmetric: bool = True, clip: float = 1.0, per: str = "token"
+    ) -> None:
+        super().__init__()
+        if not 2 <= bits <= 8:
+            raise UsageError(f"activation bits must be in 2..8, got {bits}")
+        if not 0 < clip <= 1:
+            raise UsageError(f"clip must be above 0 and at most 1, got {clip}")
+        if per not in ("token", "tensor"):
+            raise UsageError(f'per must be "token" or "tensor", got {per!r}')
+        self.bits, self.symmetric, self.clip, self.per = bits, symmetric, clip, per
+
+    def forward(self, x: Tensor) -> Tensor:
+        return straight_through(self.grid, x)
+
+    def grid(self, x: Tensor) -> Tensor:
+        """x on its grid and back, without a gradient."""
+        flat = x.reshape(-1, x.shape[-1]) if self.per == "token" else x.reshape(1, -1)
+        if self.clip == 1 and x.dtype != torch.float64:
+            return ops.pseudo_quantize(flat, self.bits, -1, self.symmetric).reshape(x.shape)
+        return clipped_grid(flat, self.bits, self.symmetric, self.clip).reshape(x.shape)
+
+    def extra_repr(self) -> str:
+        kind = "symmetric" if self.symmetric else "asymmetric"
+        return f"{self.bits} bits, {kind}, clip={self.clip}, per {self.per}"
+
+
+def straight_through(grid: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """grid(x), with the gradient of x itself where one is asked for."""
+    if not (torch.is_grad_enabled() and x.requires_grad):
+        return grid(x)
+    with torch.no_grad():
+        moved = grid(x) - x
+    return x + moved
+
+
+def clipped_grid(x: Tensor, bits: int, symmetric: bool, clip: float) -> Tensor:
+    """Rows of x [rows, width] on the grid of ``clip`` times their range, and back."""
+    h = x.to(torch.promote_types(x.dtype, torch.float32))
+    low, high = h.amin(-1, keepdim=True).clamp(max=0), h.amax(-1, keepdim=True).clamp(min=0)
+    if symmetric:
+        high = torch.maximum(-low, high)
+        low = -high
+    top = 2**bits - 1
+    scale = (high - low) * clip / top
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    zero = torch.full_like(scale, 2 ** (bits - 1)) if symmetric else (-low * clip / scale).round()
+    q = ((h / scale).round() + zero).clamp(0, top)
+    return ((q - zero) * scale).to(x.dtype)
 
 
 def _before(linear: nn.Module, args: tuple) -> tuple:

@@ -191,6 +191,21 @@ def _(x, base, signs):
     return x.new_empty(x.shape)
 
 
+def _hadamard_context(ctx, inputs, output):
+    _, ctx.base, ctx.signs = inputs
+
+
+def _hadamard_backward(ctx, grad):
+    base = None if ctx.base is None else ctx.base.T.contiguous()
+    back = torch.ops.fewbit.hadamard(grad, base, None)  # the inverse, which is the transpose
+    return (back if ctx.signs is None else back * ctx.signs), None, None
+
+
+torch.library.register_autograd(
+    "fewbit::hadamard", _hadamard_backward, setup_context=_hadamard_context
+)
+
+
 def w4a16_linear(
     x: Tensor,
     packed: Tensor,

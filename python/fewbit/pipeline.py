@@ -16,6 +16,7 @@ from .families import Family, decoder_layers, describe
 from .integrations import attach
 from .linear import PACKABLE_BITS, PackedLinear
 from .linearise import linearise
+from .online import carry
 from .progress import Progress
 from .recipes import Recipe, build
 from .report import LinearRecord, Report
@@ -89,6 +90,9 @@ def _run(
     callback: Callable[[dict], None] | None,
 ) -> None:
     for transform in recipe.transforms:
+        if transform.needs_tokens:
+            transform.prepare(model, family, recipe.scheme, data.batches)
+    for transform in recipe.transforms:
         report.transforms += transform.outside(model, family)
     inputs = None if data is None else capture(model, family, data)
     layers = decoder_layers(model, family)
@@ -96,20 +100,28 @@ def _run(
     try:
         for index, layer in enumerate(layers):
             name = f"{family.layers}.{index}"
-            stats: dict[str, Stats] = {}
             outputs = None
-            if inputs is not None:
-                stats, outputs = collect(layer, family, inputs, name)
             config = getattr(model, "config", None)
-            context = LayerContext(index, family, config, recipe.scheme, stats)
+            context = LayerContext(index, family, config, recipe.scheme, {})
+            # What needs no statistics (rotations) comes first, so that they describe its result.
             for transform in recipe.transforms:
-                transform.layer(layer, context)
+                if not transform.needs_stats and not transform.last:
+                    transform.layer(layer, context)
+            if inputs is not None:
+                context.stats, outputs = collect(layer, family, inputs, name)
+            stats = context.stats
+            for transform in recipe.transforms:
+                if transform.needs_stats:
+                    transform.layer(layer, context)
             report.transforms += [{"layer": index, **record} for record in context.records]
             records = []
             for path in family.linears():
                 records.append(_solve(layer, path, f"{name}.{path}", recipe, stats.get(path)))
                 progress.linear(records[-1])
             report.linears += records
+            for transform in recipe.transforms:
+                if transform.last:
+                    transform.layer(layer, context)
             if inputs is not None:
                 inputs = run_layer(layer, inputs) if recipe.sequential else outputs
             progress.layer(records)
@@ -126,6 +138,7 @@ def _solve(
     weight = linear.weight.detach()
     codes, info = recipe.solver.solve(weight, recipe.scheme, stats)
     packed = PackedLinear(Codes(*codes), recipe.scheme, linear.bias)
+    carry(linear, packed)
     error, measured = relative_error(weight, packed.weight, stats)
     replace_module(layer, path, packed)
     before = sum(p.numel() * p.element_size() for p in linear.parameters())
@@ -162,7 +175,8 @@ def replace_module(root: nn.Module, path: str, module: nn.Module) -> None:
 def _check(model: nn.Module, family: Family, recipe: Recipe) -> None:
     """Refuse before anything is changed: quantised twice, not finite, what cannot run."""
     scheme = recipe.scheme
-    if scheme.activation_bits < FLOAT_BITS or scheme.kv_bits < FLOAT_BITS:
+    activations = scheme.activation_bits < FLOAT_BITS or scheme.kv_bits < FLOAT_BITS
+    if activations and not any(t.quantizes_activations for t in recipe.transforms):
         raise UsageError(
             f"scheme {scheme} quantises activations or the KV cache, which method "
             f"{recipe.name!r} does not do: use a scheme such as w{scheme.bits}a16g128"

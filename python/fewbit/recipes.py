@@ -10,11 +10,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from .errors import UsageError
-from .scheme import Scheme
+from .scheme import FLOAT_BITS, Scheme
 from .solvers import Solver
 from .solvers.rtn import RTN
 from .transforms import Transform
+from .transforms.activations import QuantizeActivations
+from .transforms.rotate import Rotate
 from .transforms.scale import SearchScale
+from .transforms.spinquant import SpinQuant
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,9 @@ class Recipe:
 
     @property
     def needs_stats(self) -> bool:
-        return self.solver.needs_stats or any(t.needs_stats for t in self.transforms)
+        return self.solver.needs_stats or any(
+            t.needs_stats or t.needs_tokens for t in self.transforms
+        )
 
     def to_dict(self) -> dict:
         return {
@@ -52,7 +57,61 @@ def awq(scheme: Scheme | str = "w4a16g128", points: int = 20) -> Recipe:
     return Recipe("awq", Scheme.parse(scheme), (SearchScale(points),))
 
 
-METHODS: dict[str, Callable[..., Recipe]] = {"rtn": rtn, "awq": awq}
+def quarot(
+    scheme: Scheme | str = "w4a4",
+    kind: str = "random-hadamard",
+    seed: int = 0,
+    keeps_mean: bool = True,
+    online: bool | None = None,
+) -> Recipe:
+    """Rotations (S. Ashkboos et al., QuaRot, 2024), then rounding; "quarot+gptq" for GPTQ.
+
+    R1 and R2 are fused. ``online`` transforms, R4 and (for KV bits) R3, serve quantised
+    activations; by default they are used exactly there, so that weight-only results load as
+    ordinary models.
+    """
+    return _rotated("quarot", Scheme.parse(scheme), online, Rotate, (kind, kind), seed, keeps_mean)
+
+
+def spinquant(
+    scheme: Scheme | str = "w4a4",
+    steps: int = 100,
+    lr: float | None = None,
+    weights: bool = False,
+    optimizer: str = "cayley-adam",
+    loss: str = "kl",
+    seed: int = 0,
+    keeps_mean: bool = True,
+    online: bool | None = None,
+) -> Recipe:
+    """Learned rotations (Z. Liu et al., SpinQuant, 2024), then rounding; "spinquant+gptq" for GPTQ.
+
+    ``weights``: learn with rounded weights too, which is what rounding to nearest needs.
+    """
+    def make(*args, **kwargs) -> SpinQuant:
+        return SpinQuant(
+            steps=steps, lr=lr, weights=weights, optimizer=optimizer, loss=loss, **kwargs
+        )
+
+    return _rotated("spinquant", Scheme.parse(scheme), online, make, (), seed, keeps_mean)
+
+
+def _rotated(
+    name: str, scheme: Scheme, online: bool | None, make: Callable[..., Rotate], kinds: tuple,
+    seed: int, keeps_mean: bool,
+) -> Recipe:
+    quantized = scheme.activation_bits < FLOAT_BITS
+    online = quantized if online is None else online
+    r3 = "hadamard" if scheme.kv_bits < FLOAT_BITS else None
+    r4 = "random-hadamard" if online else None
+    rotate = make(*kinds, r3=r3, r4=r4, seed=seed, keeps_mean=keeps_mean)
+    last = (QuantizeActivations(),) if quantized or r3 else ()
+    return Recipe(name, scheme, (rotate, *last))
+
+
+METHODS: dict[str, Callable[..., Recipe]] = {
+    "rtn": rtn, "awq": awq, "quarot": quarot, "spinquant": spinquant
+}
 
 
 def build(method: str | Recipe, scheme: Scheme | str | None = None, **options) -> Recipe:

@@ -23,8 +23,16 @@ class Snapshot:
                     if tensor is not None:
                         copy = copies.setdefault(id(tensor), tensor.detach().clone())
                         self.tensors.append((table, name, tensor, copy))
+        self.absent = [
+            (table, name)
+            for module in model.modules()
+            for table in (module._parameters, module._buffers)
+            for name, tensor in table.items()
+            if tensor is None
+        ]
         config = getattr(model, "config", None)
-        self.tied = getattr(config, "tie_word_embeddings", None)
+        self.config = None if config is None else dict(vars(config))
+        self.tied = getattr(model, "all_tied_weights_keys", None)
 
     def restore(self, model: nn.Module) -> None:
         for module, children in self.modules.items():
@@ -33,8 +41,13 @@ class Snapshot:
         for table, name, tensor, copy in self.tensors:
             tensor.data = copy
             table[name] = tensor
+        for table, name in self.absent:  # a bias that folding has added
+            table[name] = None
+        if self.config is not None:
+            vars(model.config).clear()
+            vars(model.config).update(self.config)
         if self.tied is not None:
-            model.config.tie_word_embeddings = self.tied
+            model.all_tied_weights_keys = self.tied
 
 
 def remember(model: nn.Module) -> None:

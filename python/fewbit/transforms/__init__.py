@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..families import Family
 from ..scheme import Scheme
@@ -37,7 +37,15 @@ class LayerContext:
 class Transform:
     """Base class of scale, fold and rotate transforms."""
 
-    needs_stats = False  # True: ``layer`` reads context.stats
+    needs_stats = False  # True: ``layer`` reads context.stats; the others run before calibration
+    needs_tokens = False  # True: ``prepare`` reads calibration tokens
+    last = False  # True: ``layer`` changes the layer after its linears are packed
+    quantizes_activations = False  # True: makes the scheme's activation and KV bits come true
+
+    def prepare(
+        self, model: nn.Module, family: Family, scheme: Scheme, batches: list[Tensor]
+    ) -> None:
+        """See the whole float model, and token windows int64 [batch, tokens], before any change."""
 
     def outside(self, model: nn.Module, family: Family) -> list[dict]:
         """Change the modules around the layers, in place; returns records for the Report."""

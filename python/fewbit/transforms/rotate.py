@@ -34,10 +34,10 @@ class Rotate(Transform):
     """Fold norms, then rotate. Each of r1..r4 is a kind of ``orthogonal.KINDS``, or None.
 
     ``r1`` may be a matrix [hidden, hidden], ``r2`` one [head_dim, head_dim] or one per layer;
-    ``r3`` is "hadamard" or None, ``r4`` "hadamard", "random-hadamard" or None. ``keeps_mean``: on
-    LayerNorm models take an R1 with R1 1 = 1, so that the norms stay LayerNorms and the result loads
-    in plain transformers; False removes the means instead and puts ``fold.RMSNorm`` in their
-    place.
+    ``r3`` is "hadamard" or None, ``r4`` "hadamard", "random-hadamard" or None.
+    ``keeps_mean``: on LayerNorm models take an R1 with R1 1 = 1, so that the norms stay LayerNorms
+    and the result loads in plain transformers; False removes the means instead and puts
+    ``fold.RMSNorm`` in their place.
     """
 
     def __init__(

@@ -1,0 +1,254 @@
+"""Rotations learned for a quantised network: R1 and R2 on the Stiefel manifold.
+
+Z. Liu et al., SpinQuant, 2024, section 3. The network has quantised activations (and weights, if
+asked) and gradients pass straight through the rounding. The loss is the next-token cross-entropy
+("ce"), as in the paper, or the KL divergence from the float model's predictions ("kl"), which is
+only about what quantisation does and so shows it with far less noise. Each step keeps R orthogonal
+by the Cayley transform R <- (I + t/2 A)^-1 (I - t/2 A) R of a skew-symmetric A. "cayley-sgd" takes
+A from the momentum of the Euclidean gradient (J. Li et al., Efficient Riemannian optimization on
+the Stiefel manifold via the Cayley transform, 2020); "cayley-adam" scales the entries of A by their
+own second moments.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional as F
+
+from .. import ops
+from ..errors import CalibrationError, UsageError
+from ..families import Family, decoder_layers
+from ..kv import head_dim
+from ..orthogonal import _householder_to_mean, rotation
+from ..scheme import FLOAT_BITS, Scheme
+from . import LayerContext
+from .activations import QuantizeActivations
+from .fold import FoldNorm, norm_readers
+from .rotate import Rotate, check_rotatable
+
+OPTIMIZERS = ("cayley-adam", "cayley-sgd")
+LOSSES = ("kl", "ce")
+
+
+class Stiefel:
+    """An orthogonal matrix under optimisation, with the state of its optimiser."""
+
+    def __init__(self, start: Tensor, optimizer: str) -> None:
+        self.value = start.to(torch.float32).clone().requires_grad_()
+        self.optimizer = optimizer
+        self.momentum = torch.zeros_like(self.value)
+        self.second = torch.zeros_like(self.value)
+        self.steps = 0
+
+    @torch.no_grad()
+    def step(self, lr: float) -> None:
+        r, g = self.value, self.value.grad
+        self.steps += 1
+        if self.optimizer == "cayley-sgd":
+            self.momentum.mul_(0.9).add_(g)
+            m = self.momentum
+            half = m @ r.T - 0.5 * r @ (r.T @ m @ r.T)
+            a = half - half.T
+            self.momentum = a @ r  # projected, so that it stays a tangent
+            rate = min(lr, 1.0 / (float(torch.linalg.matrix_norm(a, 1)) + 1e-8))
+        else:
+            a = g @ r.T
+            a = a - a.T
+            self.momentum.mul_(0.9).add_(a, alpha=0.1)
+            self.second.mul_(0.99).addcmul_(a, a, value=0.01)
+            a = self.momentum / (1 - 0.9**self.steps)
+            a = a / ((self.second / (1 - 0.99**self.steps)).sqrt() + 1e-12)
+            rate = lr  # every entry of the skew matrix moves by about lr, and a stays skew
+        eye = torch.eye(len(r))
+        self.value.copy_(torch.linalg.solve(eye + rate / 2 * a, (eye - rate / 2 * a) @ r))
+        self.value.grad = None
+
+    def result(self) -> Tensor:
+        """The closest orthogonal matrix in float64: rounding has drifted by a few ulp."""
+        u, _, v = torch.linalg.svd(self.value.detach().to(torch.float64))
+        return u @ v
+
+
+class SpinQuant(Rotate):
+    """Rotate with learned R1 and R2. R3 and R4 stay Hadamard.
+
+    ``steps`` of ``batch`` windows each, learning rate falling linearly to 0; ``weights``: learn
+    with quantised weights too, for rounding to nearest (without, for GPTQ, which repairs weights
+    itself). ``threads``: of the learning; a fixed number makes the result the same on any machine
+    with the same libraries.
+    """
+
+    needs_tokens = True
+
+    def __init__(
+        self,
+        steps: int = 100,
+        lr: float | None = None,
+        batch: int = 4,
+        weights: bool = False,
+        optimizer: str = "cayley-adam",
+        loss: str = "kl",
+        r1: str = "random-hadamard",
+        r2: str = "random-hadamard",
+        r3: str | None = None,
+        r4: str | None = "random-hadamard",
+        seed: int = 0,
+        keeps_mean: bool = True,
+        threads: int = 1,
+        activations: QuantizeActivations | None = None,
+    ) -> None:
+        super().__init__(r1, r2, r3, r4, seed, keeps_mean)
+        if optimizer not in OPTIMIZERS:
+            raise UsageError(f"optimizer must be one of {OPTIMIZERS}, got {optimizer!r}")
+        if loss not in LOSSES:
+            raise UsageError(f"loss must be one of {LOSSES}, got {loss!r}")
+        if steps < 1 or batch < 1:
+            raise UsageError(f"steps and batch must be at least 1, got {steps} and {batch}")
+        self.steps, self.batch, self.weights, self.threads = steps, batch, weights, threads
+        self.lr = lr if lr is not None else (0.003 if optimizer == "cayley-adam" else 1.5)
+        self.optimizer, self.loss, self.start = optimizer, loss, (r1, r2)
+        self.activations = activations or QuantizeActivations()
+        self.losses: list[float] = []
+
+    def to_dict(self) -> dict:
+        keys = ("steps", "lr", "batch", "weights", "optimizer", "loss", "start")
+        own = {key: getattr(self, key) for key in keys}
+        return {**super().to_dict(), "name": "SpinQuant", **own}
+
+    def prepare(
+        self, model: nn.Module, family: Family, scheme: Scheme, batches: list[Tensor]
+    ) -> None:
+        """Learn R1 and R2 on token windows int64 [1, tokens]; afterwards this is a Rotate."""
+        check_rotatable(model, family, self)
+        if not batches:
+            raise CalibrationError("spinquant learns from calibration tokens, and there are none")
+        self.r1, self.r2 = self.start
+        with _threads(self.threads), torch.enable_grad():
+            self._learn(_Twin(model, family, scheme, self), batches)
+
+    def _learn(self, twin: _Twin, batches: list[Tensor]) -> None:
+        generator = torch.Generator().manual_seed(self.seed)
+        self.losses = []
+        for step in range(self.steps):
+            pick = torch.randperm(len(batches), generator=generator)[: self.batch].tolist()
+            loss = twin.loss([batches[i] for i in pick])
+            loss.backward()
+            self.losses.append(float(loss.detach()))
+            for matrix in (twin.r1, *twin.r2):
+                matrix.step(self.lr * (1 - step / self.steps))
+        self.r1, self.r2 = twin.full_r1(twin.r1.result()), [r.result() for r in twin.r2]
+        self._cache.clear()
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+class _Twin:
+    """A folded float32 copy of the model whose weights are functions of R1 and R2."""
+
+    def __init__(self, model: nn.Module, family: Family, scheme: Scheme, spin: SpinQuant) -> None:
+        self.float, self.kl = model, spin.loss == "kl"
+        self.model = copy.deepcopy(model).float().eval().requires_grad_(False)
+        self.family, self.scheme, self.quantize_weights = family, scheme, spin.weights
+        config = self.model.config
+        keep = family.norm == "layer" and spin.keeps_mean
+        fixed = Rotate(None, None, spin.r3, spin.r4, spin.seed)
+        fold = FoldNorm(centre=not keep)
+        with torch.no_grad():
+            for transform in (fold, fixed, spin.activations):
+                transform.outside(self.model, family)
+                for index, layer in enumerate(decoder_layers(self.model, family)):
+                    transform.layer(layer, LayerContext(index, family, config, scheme, {}))
+        width, dim = config.hidden_size, head_dim(config)
+        self.dim = dim
+        start = rotation(width, spin.start[0], spin.seed, keep).matrix()
+        # With the mean kept, the free part is the n - 1 dimensions beside it.
+        self.frame = _householder_to_mean(width) if keep else None
+        free = start if self.frame is None else (self.frame @ start @ self.frame)[1:, 1:]
+        self.r1 = Stiefel(free, spin.optimizer)
+        layers = len(decoder_layers(self.model, family))
+        self.r2 = [
+            Stiefel(rotation(dim, spin.start[1], spin.seed + 1 + i).matrix(), spin.optimizer)
+            for i in range(layers)
+        ]
+
+    def full_r1(self, free: Tensor) -> Tensor:
+        if self.frame is None:
+            return free
+        frame = self.frame.to(free.dtype)
+        return frame @ torch.block_diag(torch.ones(1, 1, dtype=free.dtype), free) @ frame
+
+    def parameters(self) -> dict[str, Tensor]:
+        """Every rotated parameter by its path, differentiable in R1 and R2."""
+        family, r1 = self.family, self.full_r1(self.r1.value)
+        of = dict(self.model.named_parameters())
+        new = {}
+        for path in filter(None, (family.embed, family.positions, family.head)):
+            new[f"{path}.weight"] = of[f"{path}.weight"] @ r1
+        norms = [family.final_norm]
+        for index in range(len(self.r2)):
+            base, r2 = f"{family.layers}.{index}.", self.r2[index].value
+            norms += [base + norm for norm in norm_readers(family)]
+            for path in {r for reads in norm_readers(family).values() for r in reads}:
+                new[f"{base}{path}.weight"] = of[f"{base}{path}.weight"] @ r1
+            for sub in family.sublayers:
+                writer = f"{base}{sub.writes}"
+                w = r1.T @ of[f"{writer}.weight"]
+                if sub.heads:
+                    self._turn_values(new, of, base + sub.inner, r2)
+                    w = (w.reshape(len(w), -1, self.dim) @ r2).reshape(w.shape)
+                new[f"{writer}.weight"] = w
+                if f"{writer}.bias" in of:
+                    new[f"{writer}.bias"] = of[f"{writer}.bias"] @ r1
+            if self.quantize_weights and self.scheme.bits < FLOAT_BITS:
+                for path in family.linears():
+                    name = f"{base}{path}.weight"
+                    new[name] = self._on_grid(new.get(name, of[name]))
+        for norm in norms:
+            if f"{norm}.bias" in of:
+                new[f"{norm}.bias"] = of[f"{norm}.bias"] @ r1
+        return new
+
+    def _turn_values(self, new: dict, of: dict, path: str, r2: Tensor) -> None:
+        w = new[f"{path}.weight"]
+        turned = torch.einsum("ij,hik->hjk", r2, w.reshape(-1, self.dim, w.shape[1]))
+        new[f"{path}.weight"] = turned.reshape(w.shape)
+        if f"{path}.bias" in of:
+            new[f"{path}.bias"] = (of[f"{path}.bias"].reshape(-1, self.dim) @ r2).reshape(-1)
+
+    def _on_grid(self, w: Tensor) -> Tensor:
+        scheme = self.scheme
+        with torch.no_grad():
+            moved = ops.pseudo_quantize(
+                w, scheme.bits, scheme.group_size, scheme.symmetric, scheme.scale_dtype
+            ) - w
+        return w + moved
+
+    def loss(self, windows: list[Tensor]) -> Tensor:
+        """Mean loss over the predictions of windows int64 [batch, tokens], each counted alike."""
+        parameters, losses = self.parameters(), []
+        for ids in windows:
+            kwargs = {"input_ids": ids, "use_cache": False}
+            logits = functional_call(self.model, parameters, (), kwargs).logits[:, :-1]
+            logits = logits.flatten(0, 1).float()
+            if self.kl:
+                with torch.no_grad():
+                    aim = self.float(**kwargs).logits[:, :-1].flatten(0, 1).float()
+                aim, logits = aim.log_softmax(-1), logits.log_softmax(-1)
+                losses.append(F.kl_div(logits, aim, reduction="batchmean", log_target=True))
+            else:
+                losses.append(F.cross_entropy(logits, ids[:, 1:].flatten()))
+        return torch.stack(losses).mean()

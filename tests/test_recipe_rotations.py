@@ -1,0 +1,174 @@
+"""quarot and spinquant through the pipeline: patched, restored, saved as ordinary weights."""
+
+import pytest
+import torch
+
+from fewbit import recipes
+from fewbit.calibrate import Windows
+from fewbit.errors import CalibrationError, UsageError
+from fewbit.families import decoder_layers, describe
+from fewbit.linear import PackedLinear
+from fewbit.online import ActivationQuant, clipped_grid, online_paths
+from fewbit.pipeline import quantize_
+from fewbit.scheme import Scheme
+from fewbit.transforms import LayerContext
+from fewbit.transforms.rotate import Rotate
+from fewbit.transforms.spinquant import SpinQuant, Stiefel
+from fewbit.undo import restore_
+from tiny import probe, tiny
+
+
+def apply(model, transform):
+    family = describe(model)
+    transform.outside(model, family)
+    for index, layer in enumerate(decoder_layers(model, family)):
+        transform.layer(layer, LayerContext(index, family, model.config, Scheme(), {}))
+    return model
+
+
+WINDOWS = Windows([probe(1, 16, seed=s) for s in range(4)])
+
+
+@pytest.mark.parametrize("keeps_mean", [True, False])
+@pytest.mark.parametrize("twin", ["opt", "llama-gqa"])
+@torch.no_grad()
+def test_restore_gives_the_original_back(twin, keeps_mean):
+    model = tiny(twin)
+    names = {name for name, _ in model.named_parameters()}
+    before, config = model(probe()).logits, dict(vars(model.config))
+    quantize_(model, "quarot", "w4a4kv4", keeps_mean=keeps_mean, progress=False)
+    assert not torch.equal(model(probe()).logits, before)
+    restore_(model)
+    assert torch.equal(model(probe()).logits, before)
+    assert {name for name, _ in model.named_parameters()} == names
+    assert vars(model.config) == config
+    quantize_(model, "quarot", "w4a4", progress=False)  # and a second time
+
+
+@torch.no_grad()
+def test_eight_bits_are_close_and_order_is_kept():
+    """w8a8 after rotation stays near the float model; the packed linears carry R4 and the grid."""
+    model = tiny("llama-gqa")
+    before = model(probe()).logits
+    quantize_(model, "quarot", "w8a8kv8", progress=False)
+    # Each of the 2 layers rounds inputs, weights, keys and values to 8 bits: 2^-8 of the range,
+    # about 2^-6 of the typical size; 14 linears in a row of independent errors.
+    error = (model(probe()).logits - before).norm() / before.norm()
+    assert 0 < float(error) < 2**-6 * 14**0.5
+    down = model.model.layers[0].mlp.down_proj
+    assert isinstance(down, PackedLinear) and isinstance(down.online_quant, ActivationQuant)
+    assert online_paths(model) == [f"model.layers.{i}.mlp.down_proj" for i in range(2)]
+
+
+def test_weight_only_needs_nothing_online():
+    model = tiny("opt")
+    quantize_(model, "quarot", "w4a16g16", progress=False)
+    assert online_paths(model) == []
+    assert all(m._forward_pre_hooks == {} for m in model.modules())
+
+
+def test_statistics_describe_the_rotated_model():
+    """A solver behind a rotation gets the Gram matrix of what the rotated, online-transformed
+    weight really meets."""
+    seen = []
+
+    class Look(recipes.RTN):
+        needs_stats = True
+
+        def solve(self, weight, scheme, stats):
+            seen.append((tuple(weight.shape), stats.gram))
+            return super().solve(weight, scheme, stats)
+
+    recipe = recipes.Recipe("look", Scheme(), (Rotate(r4="random-hadamard"),), Look())
+    quantize_(tiny("llama-gqa"), recipe, calibration=WINDOWS, progress=False)
+    grams = {}
+    for shape, gram in seen:
+        grams.setdefault(shape, gram)  # the first layer's: everything before it is float
+    twin, inputs = apply(tiny("llama-gqa"), Rotate(r4="random-hadamard")), []
+    down = twin.model.layers[0].mlp.down_proj
+    down.register_forward_pre_hook(lambda m, args: inputs.append(args[0].flatten(0, 1)))
+    with torch.no_grad():
+        for ids in WINDOWS.batches:
+            twin(ids)
+    want = sum(x.T @ x for x in inputs)
+    # Sums of 64 products, computed twice in float32.
+    assert float((want - grams[48, 88]).norm()) <= 128 * 2**-23 * float(want.norm())
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_activation_grid(bits, symmetric):
+    x = torch.randn(5, 40) + 0.3
+    quant = ActivationQuant(bits, symmetric)
+    torch.testing.assert_close(quant(x), clipped_grid(x, bits, symmetric, 1.0), rtol=1e-6, atol=0)
+    clipped = ActivationQuant(bits, symmetric, clip=0.5)(x)
+    assert float(clipped.max()) < float(x.max())
+    for i in range(5):  # tokens do not meet
+        assert torch.equal(quant(x[i]), quant(x)[i])
+
+
+def test_activation_grid_passes_gradients():
+    x = torch.randn(3, 8, requires_grad=True)
+    ActivationQuant(4)(x).sum().backward()
+    assert torch.equal(x.grad, torch.ones(3, 8))
+
+
+@pytest.mark.parametrize("optimizer", ["cayley-adam", "cayley-sgd"])
+def test_stiefel_descends_and_stays_orthogonal(optimizer):
+    """Find R with R = target: the loss falls and R^T R stays I to float32 rounding."""
+    generator = torch.Generator().manual_seed(1)
+    target = torch.linalg.qr(torch.randn(8, 8, generator=generator))[0]
+    target[0] *= torch.det(target).sign()
+    r = Stiefel(torch.eye(8), optimizer)
+    losses = []
+    for _ in range(150):
+        loss = (r.value - target).square().sum()
+        loss.backward()
+        losses.append(float(loss.detach()))
+        r.step(0.05)
+    assert losses[-1] < 0.05 * losses[0]
+    error = (r.value.detach().T @ r.value.detach() - torch.eye(8)).abs().max()
+    assert float(error) <= 150 * 8 * torch.finfo(torch.float32).eps
+    exact = r.result()
+    assert float((exact.T @ exact - torch.eye(8)).abs().max()) < 1e-14
+
+
+@pytest.mark.parametrize("keeps_mean", [True, False])
+@pytest.mark.parametrize("twin", ["opt", "llama-gqa"])
+def test_learned_rotations_keep_the_function(twin, keeps_mean):
+    model = tiny(twin, torch.float64)
+    family = describe(model)
+    before = model(probe()).logits
+    spin = SpinQuant(steps=3, batch=2, keeps_mean=keeps_mean, weights=True)
+    spin.prepare(model, family, Scheme.parse("w4a4"), WINDOWS.batches)
+    assert len(spin.losses) == 3 and isinstance(spin.r1, torch.Tensor) and len(spin.r2) == 2
+    apply(model, spin)
+    assert float((model(probe()).logits - before).abs().max() / before.abs().max()) < 1e-9
+
+
+def test_learning_is_deterministic_and_helps():
+    results = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        model = tiny("llama-gqa")
+        spin = SpinQuant(steps=12, lr=0.03, batch=4, weights=True, seed=3)
+        spin.prepare(model, describe(model), Scheme.parse("w3a3"), WINDOWS.batches)
+        results.append(spin)
+    assert torch.equal(results[0].r1, results[1].r1)
+    assert sum(results[0].losses[-3:]) < sum(results[0].losses[:3])
+
+
+def test_refusals():
+    model = tiny("llama-gqa")
+    with pytest.raises(CalibrationError, match="calibration"):
+        quantize_(model, "spinquant", "w4a4", progress=False)
+    with pytest.raises(UsageError, match="quantises activations"):
+        quantize_(model, "rtn", "w4a4", progress=False)
+    with pytest.raises(UsageError, match="optimizer must be one of"):
+        SpinQuant(optimizer="adam")
+    with pytest.raises(UsageError, match="loss must be one of"):
+        SpinQuant(loss="mse")
+    with pytest.raises(UsageError, match="clip must be above 0 and at most 1, got 0"):
+        ActivationQuant(4, clip=0)
+    with pytest.raises(UsageError, match="activation bits must be in 2..8, got 9"):
+        ActivationQuant(9)
