@@ -8,6 +8,7 @@ from fewbit.calibrate import Windows
 from fewbit.errors import CalibrationError, UsageError
 from fewbit.families import decoder_layers, describe
 from fewbit.linear import PackedLinear
+from fewbit.linearise import linearise
 from fewbit.online import ActivationQuant, clipped_grid, online_paths
 from fewbit.pipeline import quantize_
 from fewbit.scheme import Scheme
@@ -20,6 +21,7 @@ from tiny import probe, tiny
 
 def apply(model, transform):
     family = describe(model)
+    linearise(model, family)
     transform.outside(model, family)
     for index, layer in enumerate(decoder_layers(model, family)):
         transform.layer(layer, LayerContext(index, family, model.config, Scheme(), {}))
@@ -134,10 +136,11 @@ def test_stiefel_descends_and_stays_orthogonal(optimizer):
 
 
 @pytest.mark.parametrize("keeps_mean", [True, False])
-@pytest.mark.parametrize("twin", ["opt", "llama-gqa"])
+@pytest.mark.parametrize("twin", ["opt", "llama-gqa", "gpt2", "falcon-40b", "qwen2-moe"])
 def test_learned_rotations_keep_the_function(twin, keeps_mean):
     model = tiny(twin, torch.float64)
     family = describe(model)
+    linearise(model, family)
     before = model(probe()).logits
     spin = SpinQuant(steps=3, batch=2, keeps_mean=keeps_mean, weights=True)
     spin.prepare(model, family, Scheme.parse("w4a4"), WINDOWS.batches)

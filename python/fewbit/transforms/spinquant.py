@@ -29,6 +29,7 @@ from ..orthogonal import _householder_to_mean, rotation
 from ..scheme import FLOAT_BITS, Scheme
 from . import LayerContext
 from .activations import QuantizeActivations
+from .edges import inner_channels
 from .fold import FoldNorm, norm_readers
 from .rotate import Rotate, check_rotatable
 
@@ -208,7 +209,9 @@ class _Twin:
                 writer = f"{base}{sub.writes}"
                 w = r1.T @ of[f"{writer}.weight"]
                 if sub.heads:
-                    self._turn_values(new, of, base + sub.inner, r2)
+                    layer = self.model.get_submodule(base[:-1])
+                    rows, _ = inner_channels(layer, sub, self.model.config)
+                    self._turn_values(new, of, base + sub.inner, r2, rows)
                     w = (w.reshape(len(w), -1, self.dim) @ r2).reshape(w.shape)
                 new[f"{writer}.weight"] = w
                 if f"{writer}.bias" in of:
@@ -222,12 +225,17 @@ class _Twin:
                 new[f"{norm}.bias"] = of[f"{norm}.bias"] @ r1
         return new
 
-    def _turn_values(self, new: dict, of: dict, path: str, r2: Tensor) -> None:
+    def _turn_values(
+        self, new: dict, of: dict, path: str, r2: Tensor, rows: Tensor | None
+    ) -> None:
         w = new[f"{path}.weight"]
-        turned = torch.einsum("ij,hik->hjk", r2, w.reshape(-1, self.dim, w.shape[1]))
-        new[f"{path}.weight"] = turned.reshape(w.shape)
+        rows = torch.arange(len(w)) if rows is None else rows
+        turned = torch.einsum("ij,hik->hjk", r2, w[rows].reshape(-1, self.dim, w.shape[1]))
+        new[f"{path}.weight"] = w.index_copy(0, rows, turned.reshape(-1, w.shape[1]))
         if f"{path}.bias" in of:
-            new[f"{path}.bias"] = (of[f"{path}.bias"].reshape(-1, self.dim) @ r2).reshape(-1)
+            bias = of[f"{path}.bias"]
+            turned = (bias[rows].reshape(-1, self.dim) @ r2).reshape(-1)
+            new[f"{path}.bias"] = bias.index_copy(0, rows, turned)
 
     def _on_grid(self, w: Tensor) -> Tensor:
         scheme = self.scheme
