@@ -13,7 +13,6 @@ from fewbit.errors import CheckpointError, UnsupportedError, UsageError
 from fewbit.scheme import Scheme
 from tiny import probe, tiny
 
-
 HERE = Path(__file__).parent
 
 

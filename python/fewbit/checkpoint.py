@@ -217,12 +217,26 @@ def load_float(path: str | Path, dtype: torch.dtype | None = torch.float32) -> n
         method = method.get("quant_method") if isinstance(method, dict) else method
         raise UsageError(f"{path} is already quantised (quant_method {method!r})")
     try:
-        model = hf.AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype or "auto", local_files_only=True, use_safetensors=True
-        )
+        with _quiet(hf):
+            model = hf.AutoModelForCausalLM.from_pretrained(
+                path, dtype=dtype or "auto", local_files_only=True, use_safetensors=True
+            )
     except (ValueError, KeyError, OSError, RuntimeError) as error:
         raise CheckpointError(f"{path} is not a causal model: {error}") from error
     return model.eval()
+
+
+@contextmanager
+def _quiet(hf) -> Iterator[None]:
+    """Without transformers' own loading bar: a model of megabytes or gigabytes is one event."""
+    logging = hf.utils.logging
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def load_any(path: str | Path, dtype: torch.dtype | None = torch.float32) -> nn.Module:
@@ -237,5 +251,5 @@ def load_tokenizer(path: str | Path):
     hf = transformers()
     try:
         return hf.AutoTokenizer.from_pretrained(path, local_files_only=True)
-    except (ValueError, KeyError, OSError) as error:
+    except (ValueError, KeyError, OSError, TypeError) as error:
         raise CheckpointError(f"{path} has no tokenizer that loads: {error}") from error

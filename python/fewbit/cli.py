@@ -112,12 +112,14 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _quantize(options) -> dict:
+    from . import formats
     from .checkpoint import check_fits, load, load_float, load_tokenizer, save
     from .pipeline import quantize_
     from .recipes import build
     from .shards import Shards
 
     recipe = build(options.method, _scheme(options))
+    formats.get(options.format)
     _check_output(options.output)
     if options.calibration is None and recipe.needs_stats:
         raise UsageError(f"method {options.method!r} needs --calibration FILE")
@@ -127,8 +129,8 @@ def _quantize(options) -> dict:
         read_text(options.calibration)
     source_dtype = _stored_dtype(Shards(options.model))
     model = load_float(options.model)
-    tokenizer = load_tokenizer(options.model)
     check_fits(model, recipe.scheme, options.format)
+    tokenizer = load_tokenizer(options.model)
     calibration = None if options.calibration is None else Path(options.calibration)
     report = quantize_(
         model, recipe, calibration=calibration, tokenizer=tokenizer, window=options.window,

@@ -10,9 +10,8 @@ from shared_models import quantized, tokens
 
 transformers = pytest.importorskip("transformers")
 
-from fewbit.checkpoint import save  # noqa: E402
-
 from fewbit import integrations  # noqa: E402
+from fewbit.checkpoint import save  # noqa: E402
 from fewbit.convert import convert  # noqa: E402
 from fewbit.errors import CheckpointError  # noqa: E402
 from fewbit.linear import PackedLinear  # noqa: E402
