@@ -102,7 +102,11 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("convert", _convert, "rewrite a quantised directory in another format")
     sub.add_argument("model", metavar="DIR")
     sub.add_argument("output", metavar="OUT")
-    sub.add_argument("--to", required=True, metavar="FORMAT", help="awq, gptq, ...")
+    sub.add_argument("--to", required=True, metavar="FORMAT", help="awq, gptq, gguf, ...")
+    sub.add_argument("--max-shard-size", type=int, default=5_000_000_000, metavar="BYTES")
+    sub.add_argument(
+        "--allow-rounding", action="store_true", help="GGUF: float16 minima of asymmetric groups"
+    )
 
     command("doctor", _doctor, "check this installation")
 
@@ -114,6 +118,7 @@ def _parser() -> argparse.ArgumentParser:
 def _quantize(options) -> dict:
     from . import formats
     from .checkpoint import check_fits, load, load_float, load_tokenizer, save
+    from .convert import verdicts
     from .pipeline import quantize_
     from .recipes import build
     from .shards import Shards
@@ -141,7 +146,8 @@ def _quantize(options) -> dict:
     save(model, options.output, options.format, tokenizer)
     load(options.output)  # what was written is a whole checkpoint
     report.save(Path(options.output) / "fewbit_report.json")
-    _say(options, f"{report}\n  written   {options.output} ({options.format})")
+    engines = "\n".join(f"  {verdict}" for verdict in verdicts(options.output))
+    _say(options, f"{report}\n  written   {options.output} ({options.format})\n{engines}")
     return report.to_dict()
 
 
@@ -199,6 +205,7 @@ def _eval(options) -> dict:
 
 def _inspect(options) -> dict:
     from . import formats
+    from .convert import verdicts
     from .shards import Shards
     from .stored import find
 
@@ -224,7 +231,9 @@ def _inspect(options) -> dict:
         "bytes_total": total,
         "bits_per_weight": 8 * packed / max(weights, 1),
     }
-    lines = [f"{key:<16} {value}" for key, value in result.items()]
+    found = verdicts(options.model)
+    lines = [f"{key:<16} {value}" for key, value in result.items()] + [str(v) for v in found]
+    result["engines"] = {v.engine: {"loads": v.loads, "reason": v.reason} for v in found}
     _say(options, "\n".join(lines))
     return result
 
@@ -233,9 +242,15 @@ def _convert(options) -> dict:
     from .convert import convert
 
     _check_output(options.output)
-    done = convert(options.model, options.output, options.to)
+    done = convert(
+        options.model, options.output, options.to,
+        max_shard_size=options.max_shard_size, rounding=options.allow_rounding,
+    )
     _say(options, str(done))
-    return {"from": done.source, "to": done.target, "linears": done.modules, "bytes": done.nbytes}
+    return {
+        "from": done.source, "to": done.target, "linears": done.modules, "bytes": done.nbytes,
+        "engines": {v.engine: {"loads": v.loads, "reason": v.reason} for v in done.verdicts},
+    }
 
 
 def _doctor(options) -> dict:

@@ -61,6 +61,7 @@ def convert(
     to: str,
     *,
     max_shard_size: int = MAX_SHARD,
+    rounding: bool = False,
     progress: Callable[[str], None] | None = None,
 ) -> Converted:
     """Write the quantised model of directory ``source`` in format ``to`` into ``target``.
@@ -69,8 +70,12 @@ def convert(
     conversion is refused and leaves nothing behind: UnsupportedError names the first Linear that
     does not fit and why.
     CheckpointError: the source is damaged, or ``target`` is the source or shares files with it.
-    ``progress`` is called with each module's name.
+    ``to`` "gguf" writes one file for llama.cpp, whose asymmetric 4-bit blocks round the minimum of
+    a group to float16: refused unless ``rounding`` allows it. ``progress`` is called with each
+    module's name.
     """
+    if to == "gguf":
+        return _to_gguf(source, target, rounding)
     writer_format = formats.get(to)
     refuse_in_place(source, target)
     shards = Shards(source)
@@ -99,6 +104,21 @@ def convert(
     return Converted(
         plan.format.name, to, len(stored), nbytes, files, verdicts(target), list(plan.notes)
     )
+
+
+def _to_gguf(source: str | Path, target: str | Path, rounding: bool) -> Converted:
+    from .export_gguf import export
+
+    refuse_in_place(source, target)
+    shards = Shards(source)
+    plan = formats.parse(shards.config.get("quantization_config"))
+    stored = find(shards, plan)
+    path = export(source, target, rounding)
+    schemes = {name: module.scheme for name, module in stored.items()}
+    shapes = {name: (m.out_features, m.in_features) for name, m in stored.items()}
+    found = validate(Facts("gguf", schemes, shapes))
+    size = path.stat().st_size
+    return Converted(plan.format.name, "gguf", len(stored), size, [path.name], found)
 
 
 def verdicts(path: str | Path) -> list[Verdict]:
