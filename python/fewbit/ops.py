@@ -15,6 +15,7 @@ from . import _C, reference  # noqa: F401  (importing _C registers the native ke
 __all__ = [
     "act_stats",
     "dequantize",
+    "gptq",
     "gram",
     "hadamard",
     "pack",
@@ -173,6 +174,51 @@ def gram(x: Tensor, g: Tensor) -> None:
 @torch.library.register_fake("fewbit::gram")
 def _(x, g):
     return None
+
+
+def gptq(
+    w: Tensor,
+    c: Tensor,
+    bits: int = 4,
+    group_size: int = 128,
+    symmetric: bool = False,
+    scale_dtype: str = "float32",
+    fit: str = "in_order",
+    points: int = 0,
+    importance: Tensor | None = None,
+    order: Tensor | None = None,
+    scale: Tensor | None = None,
+    zero_point: Tensor | None = None,
+    block: int = 128,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes of ``w`` [out_features, in_features], column by column, errors compensated.
+
+    ``c`` float32 [in_features, in_features]: V_jk / V_kk above the diagonal, V the upper factor of
+    H = V V^T in solving order. ``order`` int64 [in_features]: the column solved k-th (None: left to
+    right). ``fit``: "in_order" fits a group to the updated weights when it is reached (``order``
+    must keep its columns side by side), "before" to the weights as they come; or ``scale`` and
+    ``zero_point`` are given. ``points`` ranges per group are tried, least sum of ``importance``
+    [in_features] times squared error wins; 0: the range of the group. Returns as ``quantize``;
+    equations: cpp/include/fewbit/gptq.h. ``block`` (1..256) changes the speed, never a bit.
+    """
+    return torch.ops.fewbit.gptq(
+        w, c, bits, group_size, symmetric, scale_dtype, fit, points, importance, order, scale,
+        zero_point, block,
+    )
+
+
+@torch.library.register_fake("fewbit::gptq")
+def _(
+    w, c, bits, group_size, symmetric, scale_dtype, fit, points, importance, order, scale,
+    zero_point, block,
+):
+    rows, columns = w.shape
+    groups = _count_groups(columns, group_size)
+    return (
+        w.new_empty((rows, columns), dtype=torch.uint8),
+        w.new_empty((rows, groups), dtype=getattr(torch, scale_dtype)),
+        w.new_empty((rows, groups), dtype=torch.uint8),
+    )
 
 
 def hadamard(x: Tensor, base: Tensor | None = None, signs: Tensor | None = None) -> Tensor:

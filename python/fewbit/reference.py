@@ -111,6 +111,82 @@ def gram(x: Tensor, g: Tensor) -> None:
     g += x.T @ x
 
 
+def gptq(
+    w: Tensor,
+    c: Tensor,
+    bits: int,
+    group_size: int,
+    symmetric: bool,
+    scale_dtype: str,
+    fit: str,
+    points: int,
+    importance: Tensor | None,
+    order: Tensor | None,
+    scale: Tensor | None,
+    zero_point: Tensor | None,
+    block: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Column by column: t_k = w_k + sum_{j<k} (w_j - w'_j) C_jk, rounded to the group's grid."""
+    rows, columns = w.shape
+    group = resolve_group(group_size, columns)
+    grid = (bits, -1, symmetric, scale_dtype)
+    # float64 where the device has it: what the kernel's float32 chains are compared with.
+    t = w.to(torch.float32 if w.device.type == "mps" else torch.float64)
+    t = t.clone() if order is None else t[:, order]
+    original, c = t.clone(), c.to(t.dtype)
+    at = torch.arange(columns, device=w.device) if order is None else order
+    importance = w.new_ones(columns, dtype=torch.float32) if importance is None else importance
+    groups = -(-columns // group)
+    s = w.new_zeros((rows, groups), dtype=torch.float32)
+    z = torch.zeros_like(s)
+    if scale is not None:
+        s, z, fit = scale.float().clone(), zero_point.float(), "given"
+    if fit == "before":
+        for g in range(groups):
+            span = slice(g * group, (g + 1) * group)
+            s[:, g], z[:, g] = _search_range(w[:, span].float(), importance[span], points, grid)
+    q = torch.zeros_like(t)
+    reached = set()
+    for k in range(columns):
+        g = int(at[k]) // group
+        if fit == "in_order" and g not in reached:
+            end = k + min(group, columns - g * group)
+            best = t[:, k:end].clone()  # the weights that are best given the columns before them
+            for i in range(end - k):
+                moved = original[:, k + i] - best[:, i]
+                best[:, i + 1 :] += moved[:, None] * c[k + i, k + i + 1 : end]
+            s[:, g], z[:, g] = _search_range(best.float(), importance[at[k:end]], points, grid)
+            reached.add(g)
+        step, zero = s[:, g].to(t.dtype), z[:, g].to(t.dtype)
+        q[:, k] = ((t[:, k] / step).round() + zero).clamp(0, 2.0**bits - 1)
+        error = original[:, k] - (q[:, k] - zero) * step
+        t[:, k + 1 :] += error[:, None] * c[k, k + 1 :]
+    codes = torch.empty_like(q, dtype=torch.uint8)
+    codes[:, at] = q.to(torch.uint8)
+    return codes, s.to(getattr(torch, scale_dtype)), z.to(torch.uint8)
+
+
+def _search_range(
+    x: Tensor, importance: Tensor, points: int, grid: tuple[int, int, bool, str]
+) -> tuple[Tensor, Tensor]:
+    """Scale and zero point [rows] of one group ``x`` [rows, columns]: of its range, or of the
+    shrunk range with the least sum of importance times squared error."""
+    bits, _, symmetric, _ = grid
+    best = least = None
+    for i in range(max(points, 1)):
+        shrink = torch.tensor(0.8) * i / max(points, 1)
+        ends = torch.stack((x.amin(1).clamp(max=0.0), x.amax(1).clamp(min=0.0)), 1)
+        s, z = fit_grid(ends * (1.0 - shrink).to(x.device), *grid)
+        d = x - (((x / s).round() + z).clamp(0, 2.0**bits - 1) - z) * s
+        loss = (d.square() * importance).sum(1, keepdim=True)
+        if best is None:
+            best, least = (s, z), loss
+        better = loss < least
+        least = torch.where(better, loss, least)
+        best = tuple(torch.where(better, new, old) for new, old in zip((s, z), best, strict=True))
+    return best[0][:, 0], best[1][:, 0]
+
+
 def hadamard(x: Tensor, base: Tensor | None, signs: Tensor | None) -> Tensor:
     """(x signs) (base (x) H_{2^k}) / sqrt(2^k), an int8 base over sqrt(m); float32 inside."""
     rows, width = x.shape

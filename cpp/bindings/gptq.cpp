@@ -1,0 +1,108 @@
+#include "fewbit/gptq.h"
+
+#include <vector>
+
+#include "common.h"
+#include "grid_args.h"
+
+namespace fewbit::bindings {
+
+namespace {
+
+// Rows per pass: bounds the working copy of w, and is enough work for many threads.
+constexpr int64_t pass_rows = 1024;
+
+GroupFit fit_named(const std::string& text) {
+  if (text == "in_order") return GroupFit::in_order;
+  check(text == "before", "fit must be in_order or before, got \"", text, "\"");
+  return GroupFit::before;
+}
+
+// order must name every column once; with groups fitted in order, a group must be one run.
+void check_order(const int64_t* order, int64_t columns, int64_t group, bool runs) {
+  std::vector<char> column_seen(static_cast<size_t>(columns)), group_seen(static_cast<size_t>(columns));
+  for (int64_t k = 0; k < columns; ++k) {
+    const int64_t column = order[k];
+    check(column >= 0 && column < columns && !column_seen[static_cast<size_t>(column)],
+          "order must hold every column 0..", columns - 1, " once, got ", column, " at ", k);
+    column_seen[static_cast<size_t>(column)] = 1;
+    if (!runs || (k > 0 && column / group == order[k - 1] / group)) continue;
+    check(!group_seen[static_cast<size_t>(column / group)], "order leaves and re-enters group ",
+          column / group, ": fit=in_order needs the columns of a group side by side");
+    group_seen[static_cast<size_t>(column / group)] = 1;
+  }
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor> gptq(const Tensor& w, const Tensor& c, int64_t bits,
+                                        int64_t group_size, bool symmetric,
+                                        std::string scale_dtype, std::string fit, int64_t points,
+                                        std::optional<Tensor> importance,
+                                        std::optional<Tensor> order, std::optional<Tensor> scale,
+                                        std::optional<Tensor> zero_point, int64_t block) {
+  check_matrix(w, "w", "[out_features, in_features]");
+  const int64_t rows = w.size(0), columns = w.size(1);
+  const int64_t group = resolve_group(group_size, columns);
+  const int64_t groups = count_groups(columns, group);
+  const Grid grid = make_grid(bits, symmetric, scale_dtype);
+  const DType dtype = dtype_of(w, "w");
+  check_dtype(c, ScalarType::Float, "c");
+  check_shape(c, {columns, columns}, "c");
+  check(points >= 0, "points must be at least 0, got ", points);
+  check(block >= 1 && block <= Gptq::max_block, "block must be in 1..", Gptq::max_block, ", got ",
+        block);
+  check(scale.has_value() == zero_point.has_value(),
+        "scale and zero_point must be given together, or neither");
+  GroupFit group_fit = fit_named(fit);
+  if (scale) group_fit = GroupFit::given;
+  std::optional<Tensor> weights, at;
+  if (importance) {
+    check_dtype(*importance, ScalarType::Float, "importance");
+    check_shape(*importance, {columns}, "importance");
+    weights = dense(*importance);
+  }
+  if (order) {
+    check_dtype(*order, ScalarType::Long, "order");
+    check_shape(*order, {columns}, "order");
+    at = dense(*order);
+    check_order(data<int64_t>(*at), columns, group, group_fit == GroupFit::in_order);
+  }
+  Tensor s = empty({rows, groups}, ScalarType::Float), z = empty({rows, groups}, ScalarType::Byte);
+  if (scale) {
+    check_shape(*scale, {rows, groups}, "scale");
+    check_dtype(*zero_point, ScalarType::Byte, "zero_point");
+    check_shape(*zero_point, {rows, groups}, "zero_point");
+    torch::stable::copy_(s, *scale);
+    torch::stable::copy_(z, *zero_point);
+  }
+  const Tensor in = dense(w), coefficients = dense(c);
+  Tensor q = empty({rows, columns}, ScalarType::Byte);
+  const int64_t pass = rows < pass_rows ? rows : pass_rows;
+  const int64_t panels = (pass + Gptq::panel - 1) / Gptq::panel;
+  const int64_t tasks = (panels + Gptq::task_panels - 1) / Gptq::task_panels;
+  Tensor work = empty({panels, columns + Gptq::padding, Gptq::panel}, ScalarType::Float);
+  Tensor group_work = empty({tasks, group, Gptq::panel}, ScalarType::Float);
+  for (int64_t first = 0; first < rows; first += pass) {
+    const int64_t n = first + pass <= rows ? pass : rows - first;
+    run(Gptq{data<char>(in) + first * columns * size_of(dtype), data<float>(coefficients),
+             weights ? data<float>(*weights) : nullptr, at ? data<int64_t>(*at) : nullptr,
+             mutable_data<float>(work), mutable_data<float>(group_work),
+             mutable_data<uint8_t>(q) + first * columns,
+             mutable_data<float>(s) + first * groups, mutable_data<uint8_t>(z) + first * groups,
+             dtype, n, columns, group, groups, block, points, group_fit, grid});
+  }
+  if (grid.scale_dtype != DType::f32)  // exact: the kernel has rounded
+    s = torch::stable::to(s, scalar_type(grid.scale_dtype));
+  return {q, s, z};
+}
+
+STABLE_TORCH_LIBRARY_FRAGMENT(fewbit, m) {
+  m.def(
+      "gptq(Tensor w, Tensor c, int bits, int group_size, bool symmetric, str scale_dtype, str fit,"
+      " int points, Tensor? importance, Tensor? order, Tensor? scale, Tensor? zero_point, int block)"
+      " -> (Tensor q, Tensor scale, Tensor zero_point)");
+}
+STABLE_TORCH_LIBRARY_IMPL(fewbit, CPU, m) { m.impl("gptq", TORCH_BOX(&gptq)); }
+
+}  // namespace fewbit::bindings
