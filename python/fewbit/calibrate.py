@@ -8,7 +8,8 @@ add up the statistics of every linear's input. Only real tokens count; padding n
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -256,12 +257,19 @@ def forward(layer: nn.Module, x: LayerInput) -> Tensor:
 
 @torch.no_grad()
 def collect(
-    layer: nn.Module, family: Family, inputs: list[LayerInput], name: str = "layer"
+    layer: nn.Module,
+    family: Family,
+    inputs: list[LayerInput],
+    name: str = "layer",
+    only: Collection[str] | None = None,
+    floats: FloatPass | None = None,
 ) -> tuple[dict[str, Stats], list[LayerInput]]:
     """Stats of every linear's input by path, and the layer's outputs, in one forward pass.
 
-    Linears that read the same norm share one Stats. Raises CalibrationError naming the linear and
-    the sample when an activation is not finite.
+    Linears that read the same norm share one Stats. ``only``: the paths to collect, all by default.
+    ``floats``: what the float model feeds this layer; each batch is run through the float layer
+    too, for Stats.cross. Raises CalibrationError naming the linear and the sample when an
+    activation is not finite.
     """
     sums: dict[str, _Sums] = {}
     hooks, shared = [], {}
@@ -270,7 +278,7 @@ def collect(
             for path in group:
                 shared[path] = group[0]
             linear = layer.get_submodule(group[0])
-            if group[0] not in sums:
+            if group[0] not in sums and (only is None or group[0] in only):
                 sums[group[0]] = _Sums(linear, _experts_around(layer, group[0]))
                 hooks.append(linear.register_forward_pre_hook(sums[group[0]].hook))
     outputs = []
@@ -278,6 +286,13 @@ def collect(
         for i, x in enumerate(inputs):
             for s in sums.values():
                 s.mask = x.mask
+            if floats is not None:
+                for s in sums.values():
+                    s.start_float_pass()
+                with floats.modules(layer):
+                    forward(layer, floats.inputs[i])
+                for s in sums.values():
+                    s.end_float_pass()
             outputs.append(replace(x, hidden=forward(layer, x)))
             for path, s in sums.items():
                 if not bool(s.max_abs.isfinite().all()):
@@ -288,7 +303,35 @@ def collect(
         for hook in hooks:
             hook.remove()
     made = {path: s.stats() for path, s in sums.items()}
-    return {path: made[first] for path, first in shared.items()}, outputs
+    return {path: made[first] for path, first in shared.items() if first in made}, outputs
+
+
+@dataclass
+class FloatPass:
+    """The float model's way through one layer, beside that of the model being quantised.
+
+    ``inputs``: what it feeds the layer; ``linears``: the float modules of the paths that have
+    already been replaced.
+    """
+
+    inputs: list[LayerInput]
+    linears: dict[str, nn.Module] = field(default_factory=dict)
+
+    @contextmanager
+    def modules(self, layer: nn.Module) -> Iterator[None]:
+        """The layer with its float linears in place."""
+        packed = {path: layer.get_submodule(path) for path in self.linears}
+        _place(layer, self.linears)
+        try:
+            yield
+        finally:
+            _place(layer, packed)
+
+
+def _place(layer: nn.Module, modules: dict[str, nn.Module]) -> None:
+    for path, module in modules.items():
+        parent, _, child = path.rpartition(".")
+        setattr(layer.get_submodule(parent), child, module)
 
 
 def _experts_around(layer: nn.Module, path: str) -> nn.Module | None:
@@ -302,6 +345,7 @@ class _Sums:
     """Running sums over batches; their order over tokens is fixed, so batching does not matter.
 
     ``experts``: the container of the expert whose linear this is, which knows the tokens' rows.
+    Between start_float_pass and end_float_pass the inputs are those of the float model.
     """
 
     def __init__(self, linear: nn.Module, experts: nn.Module | None) -> None:
@@ -312,6 +356,14 @@ class _Sums:
         self.sum_abs = torch.zeros(k, dtype=torch.float64, device=device)
         self.max_abs = torch.zeros(k, device=device)
         self.gram = torch.zeros(k, k, device=device)
+        self.cross: Tensor | None = None
+        self.floating, self.float_input = False, None
+
+    def start_float_pass(self) -> None:
+        self.floating = True
+
+    def end_float_pass(self) -> None:
+        self.floating = False
 
     def hook(self, module: nn.Module, args: tuple) -> None:
         x = args[0].detach()
@@ -319,9 +371,19 @@ class _Sums:
         if self.mask is not None:
             real = self.mask.reshape(-1).to(x.device)
             x = x[real if self.experts is None else real[self.experts.rows]]
+        if self.floating:
+            self.float_input = x
+            return
+        if self.float_input is not None and self.experts is None:  # routes differ between models
+            if self.cross is None:
+                self.cross = torch.zeros(self.gram.shape, dtype=torch.float64, device=x.device)
+            self.cross += (self.float_input.double() - x.double()).T @ x.double()
+            self.float_input = None
         ops.act_stats(x, self.sum_abs, self.max_abs)
         ops.gram(x, self.gram)
         self.tokens += x.shape[0]
 
     def stats(self) -> Stats:
-        return Stats(self.tokens, self.sum_abs.float(), self.max_abs, self.gram)
+        cross = None if self.cross is None else self.cross.float()
+        routed = self.experts is not None
+        return Stats(self.tokens, self.sum_abs.float(), self.max_abs, self.gram, cross, routed)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from . import _C
-from .calibrate import Windows, capture, collect, run_layer, windows
+from .calibrate import FloatPass, Windows, capture, collect, run_layer, windows
 from .errors import UsageError
 from .families import Family, decoder_layers, describe
 from .integrations import attach
@@ -95,6 +95,8 @@ def _run(
     for transform in recipe.transforms:
         report.transforms += transform.outside(model, family)
     inputs = None if data is None else capture(model, family, data)
+    # What the float model feeds each layer, where a solver compares with it.
+    floats = FloatPass(inputs) if recipe.solver.needs_cross else None
     layers = decoder_layers(model, family)
     progress = Progress(len(layers), show, callback)
     try:
@@ -108,17 +110,25 @@ def _run(
                 if not transform.needs_stats and not transform.last:
                     transform.layer(layer, context)
             if inputs is not None:
-                context.stats, outputs = collect(layer, family, inputs, name)
-            stats = context.stats
+                context.stats, outputs = collect(layer, family, inputs, name, floats=floats)
             for transform in recipe.transforms:
                 if transform.needs_stats:
                     transform.layer(layer, context)
             report.transforms += [{"layer": index, **record} for record in context.records]
+            float_outputs = None if floats is None else run_layer(layer, floats.inputs)
             records = []
-            for path in family.linears():
-                records.append(_solve(layer, path, f"{name}.{path}", recipe, stats.get(path)))
-                progress.linear(records[-1])
+            for step, paths in enumerate(_steps(family, recipe)):
+                if step > 0:
+                    fresh = collect(layer, family, inputs, name, only=paths, floats=floats)[0]
+                    context.stats.update(fresh)
+                for path in paths:
+                    if floats is not None:
+                        floats.linears[path] = layer.get_submodule(path)
+                    linear = f"{name}.{path}"
+                    records.append(_solve(layer, path, linear, recipe, context.stats.get(path)))
+                    progress.linear(records[-1])
             report.linears += records
+            floats = None if floats is None else FloatPass(float_outputs)
             for transform in recipe.transforms:
                 if transform.last:
                     transform.layer(layer, context)
@@ -127,6 +137,14 @@ def _run(
             progress.layer(records)
     finally:
         progress.close()
+
+
+def _steps(family: Family, recipe: Recipe) -> list[tuple[str, ...]]:
+    """The linears of a layer in the order they are solved; statistics are new for every step."""
+    if not recipe.true_sequential:
+        return [family.linears()]
+    paths = (paths for sub in family.sublayers for paths in (sub.reads, (sub.writes,)))
+    return list(dict.fromkeys(paths))
 
 
 def _solve(

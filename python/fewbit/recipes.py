@@ -6,12 +6,14 @@ both and takes the last solver that is not plain rounding.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from .errors import UsageError
 from .scheme import FLOAT_BITS, Scheme
 from .solvers import Solver
+from .solvers.gptq import GPTQ
 from .solvers.rtn import RTN
 from .transforms import Transform
 from .transforms.activations import QuantizeActivations
@@ -23,13 +25,15 @@ from .transforms.spinquant import SpinQuant
 @dataclass(frozen=True)
 class Recipe:
     """What ``quantize_`` does. ``sequential``: later layers are calibrated on the outputs of the
-    already quantised earlier ones (True), or of the float ones."""
+    already quantised earlier ones (True), or of the float ones; ``true_sequential``: inside a layer
+    too, later linears see the earlier ones quantised."""
 
     name: str
     scheme: Scheme
     transforms: tuple[Transform, ...] = ()
     solver: Solver = RTN()  # noqa: RUF009  (stateless)
     sequential: bool = True
+    true_sequential: bool = False
 
     @property
     def needs_stats(self) -> bool:
@@ -44,6 +48,7 @@ class Recipe:
             "transforms": [t.to_dict() for t in self.transforms],
             "solver": self.solver.to_dict(),
             "sequential": self.sequential,
+            "true_sequential": self.true_sequential,
         }
 
 
@@ -55,6 +60,17 @@ def rtn(scheme: Scheme | str = "w4a16g128") -> Recipe:
 def awq(scheme: Scheme | str = "w4a16g128", points: int = 20) -> Recipe:
     """Activation-aware scales (J. Lin et al., 2023), then rounding."""
     return Recipe("awq", Scheme.parse(scheme), (SearchScale(points),))
+
+
+def gptq(
+    scheme: Scheme | str = "w4a16g128",
+    sequential: bool = True,
+    true_sequential: bool = False,
+    **options,
+) -> Recipe:
+    """Error-compensating rounding (E. Frantar et al., 2022); ``options`` as solvers.gptq.GPTQ."""
+    solver = GPTQ(**options)
+    return Recipe("gptq", Scheme.parse(scheme), (), solver, sequential, true_sequential)
 
 
 def quarot(
@@ -110,12 +126,13 @@ def _rotated(
 
 
 METHODS: dict[str, Callable[..., Recipe]] = {
-    "rtn": rtn, "awq": awq, "quarot": quarot, "spinquant": spinquant
+    "rtn": rtn, "awq": awq, "gptq": gptq, "quarot": quarot, "spinquant": spinquant
 }
 
 
 def build(method: str | Recipe, scheme: Scheme | str | None = None, **options) -> Recipe:
-    """A recipe by name, with the method's own options; a Recipe is returned as it is.
+    """A recipe by name, with the method's own options; a Recipe is returned as it is. In a stack an
+    option goes to the methods that have it.
 
     Raises UsageError for a name that is not in METHODS, or an option that the method lacks.
     """
@@ -127,7 +144,10 @@ def build(method: str | Recipe, scheme: Scheme | str | None = None, **options) -
             raise UsageError(f"method {part!r} is not known; {', '.join(METHODS)} are")
     fixed = {} if scheme is None else {"scheme": Scheme.parse(scheme)}
     try:
-        recipes = [METHODS[part](**fixed, **(options if len(parts) == 1 else {})) for part in parts]
+        shares = _share(parts, options)
+        recipes = [
+            METHODS[part](**fixed, **share) for part, share in zip(parts, shares, strict=True)
+        ]
     except TypeError as error:
         raise UsageError(f"method {method!r}: {error}") from error
     if len(recipes) == 1:
@@ -138,5 +158,18 @@ def build(method: str | Recipe, scheme: Scheme | str | None = None, **options) -
         recipes[-1].scheme,
         tuple(t for r in recipes for t in r.transforms),
         solvers[-1] if solvers else RTN(),
-        any(r.sequential for r in recipes),
+        all(r.sequential for r in recipes),
+        any(r.true_sequential for r in recipes),
     )
+
+
+def _share(parts: list[str], options: dict) -> list[dict]:
+    """The options of each method of a stack: by the names in their signatures; ``**options`` takes
+    those that no signature names."""
+    signatures = [inspect.signature(METHODS[part]).parameters for part in parts]
+    named = {name for names in signatures for name in names}
+    return [
+        {k: v for k, v in options.items() if k in names or ("options" in names and k not in named)}
+        if len(parts) > 1 else options
+        for names in signatures
+    ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -14,13 +14,17 @@ class Stats:
 
     ``tokens``: how many; ``sum_abs`` and ``max_abs`` [K] float32 of the token values; ``gram``
     [K, K] float32, G = X^T X. G is sufficient for every quadratic loss: with dW = W' - W the output
-    error of a layer is ||X dW^T||^2 = tr(dW G dW^T).
+    error of a layer is ||X dW^T||^2 = tr(dW G dW^T). ``cross`` [K, K] float32, for solvers that ask
+    for it: (X_float - X)^T X, with the inputs that the linear gets in the float model. ``routed``:
+    the linear is an expert, which sees only the tokens that its router sends.
     """
 
     tokens: int
     sum_abs: Tensor
     max_abs: Tensor
     gram: Tensor | None
+    cross: Tensor | None = None
+    routed: bool = False
 
     @property
     def mean_abs(self) -> Tensor:
@@ -29,8 +33,12 @@ class Stats:
 
     def scaled(self, s: Tensor) -> Stats:
         """The statistics of x / s, for a positive ``s`` [K]: S^-1 G S^-1."""
-        gram = None if self.gram is None else self.gram / s[:, None] / s[None, :]
-        return Stats(self.tokens, self.sum_abs / s, self.max_abs / s, gram)
+        gram, cross = (
+            None if m is None else m / s[:, None] / s[None, :] for m in (self.gram, self.cross)
+        )
+        return replace(
+            self, sum_abs=self.sum_abs / s, max_abs=self.max_abs / s, gram=gram, cross=cross
+        )
 
     def output_loss(self, dw: Tensor) -> float:
         """||X dW^T||^2 / tokens for a weight change ``dw`` [N, K]: mean squared row error."""

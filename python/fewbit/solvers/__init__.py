@@ -12,6 +12,7 @@ class Solver:
     """Base class: weight [out_features, in_features], scheme and statistics to Codes."""
 
     needs_stats = False
+    needs_cross = False  # True: reads Stats.cross
 
     def solve(self, weight: Tensor, scheme: Scheme, stats: Stats | None) -> tuple[Codes, dict]:
         """The codes, and what the Report should know (rung of a fallback, chosen options)."""

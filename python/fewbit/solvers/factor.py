@@ -1,0 +1,165 @@
+"""The factor of a Hessian that the second-order solvers read, and the ladder that always gives one.
+
+H = X^T X is scaled by a power of two to a mean diagonal near 1, so that tiny and huge activations
+are alike, damped by a share of its mean diagonal, and factored as H = V V^T, V upper triangular, in
+solving order: one Cholesky factorisation of the reversed matrix, and no inverse.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import CalibrationError
+
+EXACT_COLUMNS = 1024  # up to here float64 costs milliseconds
+RUNGS = ("damp", "damp x 10", "damp x 100", "damp x 1000", "floor", "rtn")
+
+
+@dataclass
+class Factor:
+    """``c`` [K, K] float32: V_jk / V_kk (ops.gptq); ``diagonal`` [K] float32: V_kk, both in solving
+    order; ``order`` int64 [K] or None; ``exponent``: V V^T is 2**-exponent (H + damping).
+
+    ``rung`` names the step of the ladder that was needed (RUNGS), ``damp`` the share of the mean
+    diagonal that was added, ``dead`` the columns that no token excites: nothing is compensated into
+    them, so they keep the values of plain rounding.
+    """
+
+    c: Tensor
+    diagonal: Tensor
+    order: Tensor | None
+    exponent: int
+    damp: float
+    rung: int
+    dead: int
+
+    @property
+    def importance(self) -> Tensor:
+        """V_kk^2 in the order of the weight's columns: what a squared error of one column costs
+        once the later columns have compensated it."""
+        squares = self.diagonal.square()
+        return squares if self.order is None else torch.empty_like(squares).scatter_(
+            0, self.order, squares
+        )
+
+    @property
+    def v(self) -> Tensor:
+        """V itself, float32 [K, K]."""
+        return self.c * self.diagonal
+
+    def info(self) -> dict:
+        """What the Report says about it."""
+        return {
+            "rung": self.rung, "ladder": RUNGS[self.rung], "damp": self.damp, "dead": self.dead
+        }
+
+
+def factorize(gram: Tensor, damp: float = 0.01, order: Tensor | None = None) -> Factor | None:
+    """The factor of the first rung that succeeds; None where only plain rounding is left.
+
+    Rungs: ``damp``, ten, a hundred and a thousand times that, then eigenvalues raised to ``damp``;
+    None when ``gram`` [K, K] holds NaN or infinities. Raises CalibrationError when it is all zero:
+    no activation has reached the layer, and rounding it plainly would hide that.
+    """
+    low, high = (float(v) for v in torch.aminmax(gram)) if gram.numel() else (0.0, 0.0)
+    if not math.isfinite(low) or not math.isfinite(high):
+        return None
+    diagonal = gram.diagonal().double()
+    live = diagonal > 0
+    if gram.numel() and not bool(live.any()):
+        raise CalibrationError(
+            "the Hessian is zero: no calibration token excites any input of this layer"
+        )
+    mean = float(diagonal[live].mean()) if gram.numel() else 1.0
+    exponent = math.frexp(mean)[1]
+    dead = int((~live).sum())
+    for rung in range(len(RUNGS) - 1):
+        floor = RUNGS[rung] == "floor"
+        share = damp if rung == 0 else max(damp, 1e-3) * (1.0 if floor else 10.0**rung)
+        m = _reversed_scaled(gram, order, exponent)
+        level = math.ldexp(mean, -exponent)
+        _raise_diagonal(m, level, 0.0 if floor else share)
+        if floor:
+            m = _floored(m, level * share)
+        if _cholesky_(m):
+            diagonal = m.diagonal().clone()
+            m.div_(diagonal)
+            c, diagonal = m.float(), diagonal.float()
+            if bool(c.isfinite().all()) and bool(diagonal.isfinite().all()):
+                return Factor(c, diagonal, order, exponent, share, rung, dead)
+        del m
+    return None
+
+
+def scaled(matrix: Tensor, exponent: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """``matrix`` times 2**-exponent, a copy; in two steps, so that no factor leaves the range."""
+    half = -exponent // 2
+    return matrix.to(dtype, copy=True).mul_(2.0**half).mul_(2.0 ** (-exponent - half))
+
+
+def _reversed_scaled(gram: Tensor, order: Tensor | None, exponent: int) -> Tensor:
+    """A scaled copy of ``gram`` with the column that is solved last first."""
+    exact = gram.shape[0] <= EXACT_COLUMNS and gram.device.type != "mps"
+    if order is None:
+        m = gram.flip(0, 1)
+    else:
+        back = order.flip(0)
+        m = gram[back[:, None], back]
+    half = -exponent // 2
+    m = m.double() if exact else m
+    return m.mul_(2.0**half).mul_(2.0 ** (-exponent - half))
+
+
+def _raise_diagonal(m: Tensor, level: float, share: float) -> None:
+    """Add ``share`` of the mean diagonal ``level``; a column without any energy gets the mean."""
+    diagonal = m.diagonal()
+    diagonal.copy_(torch.where(diagonal > 0, diagonal + share * level, level * (1 + share)))
+
+
+def _floored(m: Tensor, least: float) -> Tensor:
+    """``m`` with its eigenvalues raised to at least ``least``, in float64."""
+    values, vectors = torch.linalg.eigh(m.double())
+    return ((vectors * values.clamp(min=least)) @ vectors.T).to(m.dtype)
+
+
+def _cholesky_(m: Tensor) -> bool:
+    """Turn ``m``, the reversal of H, into V in place; False when it is not positive definite."""
+    columns = m.mT
+    info = torch.empty((), dtype=torch.int32, device=m.device)
+    with _one_thread():
+        # In place: upper of the transposed view is lower of m, so that its reversal is V.
+        torch.linalg.cholesky_ex(columns, upper=True, out=(columns, info))
+    if int(info) != 0:
+        return False
+    for rows in _halves(m.shape[0]):
+        upper, lower = m[rows], m[m.shape[0] - rows.stop : m.shape[0] - rows.start]
+        swap = upper.flip(0, 1)
+        upper.copy_(lower.flip(0, 1))
+        lower.copy_(swap)
+    middle = m.shape[0] // 2
+    if m.shape[0] % 2:
+        m[middle] = m[middle].flip(0)
+    return True
+
+
+def _halves(size: int, chunk: int = 256) -> Iterator[slice]:
+    """Slices of the upper half of the rows, so that a reversal in place needs little memory."""
+    for start in range(0, size // 2, chunk):
+        yield slice(start, min(start + chunk, size // 2))
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    # LAPACK cuts its sums by the number of threads: one thread gives everybody the same bits.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
