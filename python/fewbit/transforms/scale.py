@@ -1,71 +1,159 @@
-"""Per-channel scales that move between a module and the linears that read it.
-
-For any positive s, (x / s) (W s)^T = x W^T: dividing what produces x (a norm's gain and bias, or
-the output channels of a linear) and multiplying the readers' columns leaves the function as it is,
-and changes which columns the grid represents well.
-"""
+"""AWQ: per-channel scales chosen by the output error of the quantised readers."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
-from .. import ops
-from ..scheme import Scheme
-from ..stats import Stats
+from ..errors import UsageError
 from . import LayerContext, Transform
-from .edges import apply_scale, edges
+from .edges import Edge, apply_scale, edges
+from .race import Block, race
+
+FORMS = ("search", "duo", "both", "closed-times", "closed-over")
 
 
 class SearchScale(Transform):
-    """AWQ: s = mean|x|^ratio, the ratio with the least output error of the quantised readers.
+    """AWQ's scales: for every edge, the candidate with the least output error.
 
-    For every edge and ratio = 0, 1/n, .. (n - 1)/n the loss is sum over the readers of
-    ||X (Q(W s) / s - W)^T||^2, computed exactly from the Gram matrix (Stats). Ratio 0 is s = 1, so
-    an edge never gets worse than round-to-nearest. J. Lin et al., AWQ, 2023, section 3.2.
+    The loss is the sum over the edge's readers of ||X (Q(W s) / s - W)^T||^2, exact from the Gram
+    matrix (Stats). s = 1 is always a candidate, so that an edge never gets worse than
+    round-to-nearest. Candidates by ``form``, r = 0, 1/points, .. (points - 1)/points:
+
+      search        s = mean|x|^r                             (J. Lin et al., AWQ, 2023, sec. 3.2)
+      duo           s = mean|x|^r / w^(1 - r)                 w: mean of |w| over its group's max
+      both          the two of them
+      closed-times  s = (E|x_j| / E|x|)^a (max|w_j| / max|w|)^(1 - a), one candidate, no search
+      closed-over   the same with the weight factor below, which is SmoothQuant's direction
+
+    ``alpha`` is a. ``inner``: also scale v -> o (under grouped-query attention too), up -> down and
+    fc1 -> fc2 where nothing in between forbids it.
     """
 
     needs_stats = True
 
-    def __init__(self, points: int = 20) -> None:
-        self.points = points
+    def __init__(
+        self, points: int = 20, form: str = "search", alpha: float = 0.5, inner: bool = True
+    ) -> None:
+        if form not in FORMS:
+            raise UsageError(f"form must be one of {', '.join(FORMS)}, got {form!r}")
+        if points < 1:
+            raise UsageError(f"points must be at least 1, got {points}")
+        self.points, self.form, self.alpha, self.inner = points, form, alpha, inner
 
     @torch.no_grad()
     def layer(self, layer: nn.Module, context: LayerContext) -> None:
         for edge in edges(layer, context.family, context.config):
-            stats = context.stats[edge.readers[0]]
-            weight = torch.cat([layer.get_submodule(p).weight.float() for p in edge.readers])
-            magnitude = edge.to_source(stats.mean_abs)
-            scales = [awq_scale(magnitude, i / self.points) for i in range(self.points)]
-            losses = [
-                scaled_loss(weight, edge.to_readers(s), stats, context.scheme) for s in scales
-            ]
-            best = losses.index(min(losses))
-            apply_scale(layer, edge, scales[best], context.family)
-            reader_scale = edge.to_readers(scales[best])
-            for path in edge.readers:
-                context.stats[path] = context.stats[path].scaled(reader_scale)
+            if edge.kind == "inner" and not self.inner:
+                continue
+            blocks = reader_blocks(layer, edge, context)
+            names, scales = self.candidates(edge, blocks, context.scheme.group_size)
+            result = race([edge.to_readers(s) for s in scales], blocks, context.scheme)
+            best = scales[result.best]
+            apply_scale(layer, edge, best, context.family)
+            move_stats(edge, best, context)
             context.records.append(
                 {
                     "transform": "awq",
-                    "edge": f"{edge.source} -> {', '.join(edge.readers)}",
-                    "ratio": best / self.points,
-                    "loss": losses[best],
-                    "rtn_loss": losses[0],
-                    "losses": losses,
+                    "edge": str(edge),
+                    "ratio": names[result.best],
+                    "loss": result.losses[result.best],
+                    "rtn_loss": result.losses[0],
+                    "losses": result.losses,
+                    "exact": result.exact,
                 }
             )
 
+    def candidates(
+        self, edge: Edge, blocks: list[Block], group_size: int
+    ) -> tuple[list[float | str], list[Tensor]]:
+        """Names (the ratio) and scales [source channels]; the first is s = 1."""
+        x = edge.to_source(mean_abs(blocks))
+        grid = [i / self.points for i in range(self.points)]
+        names: list[float | str] = [0.0]
+        scales = [torch.ones_like(x)]
+        if self.form in ("search", "both"):
+            names += grid[1:]
+            scales += [awq_scale(x, r) for r in grid[1:]]
+        if self.form in ("duo", "both"):
+            w = edge.to_source(weight_mean(blocks, group_size))
+            names += [f"duo {r}" for r in grid]
+            scales += [centred(_floor(x).pow(r) / _floor(w).pow(1 - r)) for r in grid]
+        if self.form.startswith("closed"):
+            w = edge.to_source(weight_max(blocks), "max")
+            direction = 1 if self.form == "closed-times" else -1
+            names.append(self.form)
+            scales.append(closed_scale(x, w, self.alpha, direction))
+        return names, scales
 
-def awq_scale(magnitude: Tensor, ratio: float) -> Tensor:
-    """magnitude^ratio, centred so that its extremes multiply to 1; finite for dead channels."""
-    s = magnitude.float().clamp(min=1e-4).pow(ratio)
+
+def reader_blocks(layer: nn.Module, edge: Edge, context: LayerContext) -> list[Block]:
+    """The readers' weights, those with the same statistics in one block."""
+    groups: dict[int, list[str]] = {}
+    for path in edge.readers:
+        groups.setdefault(id(context.stats[path]), []).append(path)
+    return [
+        Block(
+            torch.cat([layer.get_submodule(p).weight.float() for p in paths]),
+            context.stats[paths[0]],
+        )
+        for paths in groups.values()
+    ]
+
+
+def move_stats(edge: Edge, s: Tensor, context: LayerContext) -> None:
+    """Statistics of the readers' inputs, which are now divided by ``s``; shared ones stay shared."""
+    reader_scale, moved = edge.to_readers(s), {}
+    for path in edge.readers:
+        stats = context.stats[path]
+        if id(stats) not in moved:
+            moved[id(stats)] = stats, stats.scaled(reader_scale)
+        context.stats[path] = moved[id(stats)][1]
+
+
+def mean_abs(blocks: list[Block]) -> Tensor:
+    """Mean |x| over the tokens of all blocks, [in_features]."""
+    tokens = max(sum(b.stats.tokens for b in blocks), 1)
+    return torch.stack([b.stats.sum_abs for b in blocks]).sum(0) / tokens
+
+
+def weight_mean(blocks: list[Block], group_size: int) -> Tensor:
+    """Mean over rows of |w| over the largest |w| of its group, [in_features]."""
+    total, rows = 0.0, 0
+    for weight, _ in blocks:
+        columns = weight.shape[1]
+        group = columns if group_size == -1 else group_size
+        for start in range(0, columns, group):
+            part = weight[:, start : start + group].abs()
+            part = part / part.amax(1, keepdim=True).clamp(min=torch.finfo(part.dtype).tiny)
+            weight = weight.clone() if start == 0 else weight
+            weight[:, start : start + group] = part
+        total, rows = total + weight.sum(0), rows + len(weight)
+    return total / rows
+
+
+def weight_max(blocks: list[Block]) -> Tensor:
+    """Largest |w| of each column over all rows, [in_features]."""
+    return torch.stack([b.weight.abs().amax(0) for b in blocks]).amax(0)
+
+
+def _floor(value: Tensor) -> Tensor:
+    """Dead channels get the smallest live value's share, never 0: s stays finite."""
+    return value.float().clamp(min=1e-4)
+
+
+def centred(s: Tensor) -> Tensor:
+    """s over sqrt(max s min s): its extremes multiply to 1."""
     return s / (s.max() * s.min()).sqrt()
 
 
-def scaled_loss(weight: Tensor, s: Tensor, stats: Stats, scheme: Scheme) -> float:
-    """||X (Q(W s) / s - W)^T||^2 / tokens for ``weight`` [N, K] and ``s`` [K]."""
-    q = ops.pseudo_quantize(
-        weight * s, scheme.bits, scheme.group_size, scheme.symmetric, scheme.scale_dtype
-    )
-    return stats.output_loss(q / s - weight)
+def awq_scale(magnitude: Tensor, ratio: float) -> Tensor:
+    """magnitude^ratio, centred; finite for dead channels."""
+    return centred(_floor(magnitude).pow(ratio))
+
+
+def closed_scale(x: Tensor, w: Tensor, alpha: float, direction: int) -> Tensor:
+    """(x / mean x)^alpha (w / max w)^(direction (1 - alpha)), centred; no search."""
+    x = _floor(x / x.mean().clamp(min=1e-30))
+    w = _floor(w / w.max().clamp(min=1e-30))
+    return centred(x.pow(alpha) * w.pow(direction * (1 - alpha)))
