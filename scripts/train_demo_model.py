@@ -225,6 +225,7 @@ def check_same_function(model: LlamaForCausalLM, factors: list[torch.Tensor],
 
 def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
     """An ordinary transformers directory."""
+    model.generation_config.pad_token_id = tokenizer.pad_token_id  # else generate() asks for it
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
     # The class name that transformers 4 and 5 both know.
