@@ -149,6 +149,9 @@ def load(path: str | Path, dtype: torch.dtype | None = None) -> nn.Module:
     missing = [n for n, p in model.named_parameters() if p.is_meta]
     if missing:
         raise CheckpointError(f"{path} lacks {min(missing)!r}, which the model needs")
+    for name in stored:  # codebook weights are float linears: one type with the rest
+        if isinstance(model.get_submodule(name), nn.Linear):
+            model.get_submodule(name).to(_float_dtype(model))
     if dtype is not None:
         model.to(dtype)
     attach(model, shards.config["quantization_config"])
