@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from ..calibrate import tokenize
 from ..checkpoint import load_float, load_tokenizer
 from ..errors import MissingExtraError
 from ..evaluate import perplexity
@@ -45,7 +46,7 @@ def run(output: Path, show: bool = True) -> dict:
     output.mkdir(parents=True, exist_ok=True)
     model, tokenizer = load_float(MODEL_DIR), load_tokenizer(MODEL_DIR)
     calibration, evaluation = generate(CALIBRATION_SEED, 60_000), generate(EVALUATION_SEED, 60_000)
-    tokens = torch.tensor(tokenizer(evaluation, add_special_tokens=False).input_ids)
+    tokens = tokenize(evaluation, tokenizer)
 
     rows = [_row("float32", model, tokens)]
     for method in ("rtn", "awq"):
