@@ -120,3 +120,16 @@ def test_progress_events_and_plain_lines(capsys):
     fewbit.quantize_(tiny("opt"), "rtn", "w4a16g16", callback=events.append)
     assert [e["event"] for e in events].count("layer") == 2
     assert "layer 2/2" in capsys.readouterr().err
+
+
+def test_an_interrupt_half_way_leaves_the_model_as_it_was():
+    model, ids = tiny("opt"), probe()
+    before = model(ids).logits
+
+    def stop(event):
+        if event["event"] == "layer":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fewbit.quantize_(model, "awq", "w4a16g16", data(), progress=False, callback=stop)
+    assert torch.equal(model(ids).logits, before)

@@ -23,7 +23,7 @@ from .report import LinearRecord, Report
 from .scheme import FLOAT_BITS, Codes, Scheme
 from .stats import Stats
 from .transforms import LayerContext
-from .undo import remember
+from .undo import remember, restore_
 
 
 def quantize_(
@@ -71,6 +71,10 @@ def quantize_(
     model.eval()
     try:
         _run(model, family, recipe, data, report, progress, callback)
+    except BaseException:
+        if keep_float:  # an interrupt or error half-way leaves the model as it was
+            restore_(model)
+        raise
     finally:
         model.train(training)
     report.seconds = time.monotonic() - started
