@@ -87,7 +87,7 @@ def test_scales_leave_the_float_model_unchanged():
     [
         (("magic",), UsageError, "method 'magic' is not known; rtn, awq"),
         (("awq",), CalibrationError, "this method needs calibration"),
-        (("rtn", "w8a8"), UsageError, "quantises activations or the KV cache"),
+        (("rtn", "w4a16kv4g16"), UsageError, "quantises the KV cache"),
         (("rtn", "w5a16g16"), UsageError, "bits must be one of"),
         (("awq", "w4a16g16", [[1] * 4, [999]]), CalibrationError, "sample 1 has token 999"),
     ],

@@ -2,6 +2,7 @@
 fewbit's native module: importing it registers the torch operators.
 """
 from __future__ import annotations
+
 __all__: list[str] = ['available_isas', 'cuda', 'isa', 'panel_rows', 'set_isa']
 def available_isas() -> list:
     """

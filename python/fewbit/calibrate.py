@@ -341,6 +341,9 @@ def _experts_around(layer: nn.Module, path: str) -> nn.Module | None:
     return next((m for m in around if isinstance(m, Experts)), None)
 
 
+SAMPLE = 256  # tokens kept of each linear's input
+
+
 class _Sums:
     """Running sums over batches; their order over tokens is fixed, so batching does not matter.
 
@@ -358,6 +361,8 @@ class _Sums:
         self.gram = torch.zeros(k, k, device=device)
         self.cross: Tensor | None = None
         self.floating, self.float_input = False, None
+        self.sample: list[tuple[int, Tensor]] = []
+        self.stride = 1
 
     def start_float_pass(self) -> None:
         self.floating = True
@@ -381,9 +386,21 @@ class _Sums:
             self.float_input = None
         ops.act_stats(x, self.sum_abs, self.max_abs)
         ops.gram(x, self.gram)
+        self._sample(x)
         self.tokens += x.shape[0]
+
+    def _sample(self, x: Tensor) -> None:
+        """Every stride-th token, counted through all batches; the stride doubles beyond SAMPLE."""
+        first = -self.tokens % self.stride
+        at = range(self.tokens + first, self.tokens + len(x), self.stride)
+        self.sample += list(zip(at, x[first :: self.stride].float(), strict=True))
+        while len(self.sample) > SAMPLE:
+            self.stride *= 2
+            self.sample = [(i, row) for i, row in self.sample if i % self.stride == 0]
 
     def stats(self) -> Stats:
         cross = None if self.cross is None else self.cross.float()
         routed = self.experts is not None
-        return Stats(self.tokens, self.sum_abs.float(), self.max_abs, self.gram, cross, routed)
+        sample = torch.stack([row for _, row in self.sample]) if self.sample else None
+        sums = self.sum_abs.float()
+        return Stats(self.tokens, sums, self.max_abs, self.gram, cross, routed, sample)

@@ -14,13 +14,13 @@ from .calibrate import FloatPass, Windows, capture, collect, run_layer, windows
 from .errors import UsageError
 from .families import Family, decoder_layers, describe
 from .integrations import attach
-from .linear import PACKABLE_BITS, PackedLinear
+from .linear import PACKABLE_BITS
 from .linearise import linearise
 from .online import carry
 from .progress import Progress
 from .recipes import Recipe, build
 from .report import LinearRecord, Report
-from .scheme import FLOAT_BITS, Codes, Scheme
+from .scheme import FLOAT_BITS, Scheme
 from .stats import Stats
 from .transforms import LayerContext
 from .undo import remember, restore_
@@ -158,8 +158,7 @@ def _solve(
     started = time.monotonic()
     linear = layer.get_submodule(path)
     weight = linear.weight.detach()
-    codes, info = recipe.solver.solve(weight, recipe.scheme, stats)
-    packed = PackedLinear(Codes(*codes), recipe.scheme, linear.bias)
+    packed, info = recipe.solver.build(linear, path, recipe.scheme, stats, recipe.integer)
     carry(linear, packed)
     error, measured = relative_error(weight, packed.weight, stats)
     replace_module(layer, path, packed)
@@ -197,11 +196,10 @@ def replace_module(root: nn.Module, path: str, module: nn.Module) -> None:
 def _check(model: nn.Module, family: Family, recipe: Recipe) -> None:
     """Refuse before anything is changed: quantised twice, not finite, what cannot run."""
     scheme = recipe.scheme
-    activations = scheme.activation_bits < FLOAT_BITS or scheme.kv_bits < FLOAT_BITS
-    if activations and not any(t.quantizes_activations for t in recipe.transforms):
+    if scheme.kv_bits < FLOAT_BITS and not recipe.quantizes_activations:
         raise UsageError(
-            f"scheme {scheme} quantises activations or the KV cache, which method "
-            f"{recipe.name!r} does not do: use a scheme such as w{scheme.bits}a16g128"
+            f"scheme {scheme} quantises the KV cache, which method {recipe.name!r} does not do: "
+            f"use a scheme such as w{scheme.bits}a16g128"
         )
     if scheme.bits not in PACKABLE_BITS:
         raise UsageError(f"bits must be one of {PACKABLE_BITS}, got {scheme.bits}")

@@ -13,12 +13,15 @@ from dataclasses import dataclass
 from .errors import UsageError
 from .scheme import FLOAT_BITS, Scheme
 from .solvers import Solver
+from .solvers.clip import Clip
 from .solvers.gptq import GPTQ
+from .solvers.mixed import Mixed
 from .solvers.rtn import RTN
 from .transforms import Transform
 from .transforms.activations import QuantizeActivations
 from .transforms.rotate import Rotate
 from .transforms.scale import SearchScale
+from .transforms.smooth import Smooth
 from .transforms.spinquant import SpinQuant
 
 
@@ -37,9 +40,21 @@ class Recipe:
 
     @property
     def needs_stats(self) -> bool:
-        return self.solver.needs_stats or any(
-            t.needs_stats or t.needs_tokens for t in self.transforms
+        return (
+            self.solver.needs_stats
+            or any(t.needs_stats or t.needs_tokens for t in self.transforms)
+            or (self.integer and self.scheme.activations == "static")
         )
+
+    @property
+    def quantizes_activations(self) -> bool:
+        """A transform puts the activations on their grid."""
+        return any(t.quantizes_activations for t in self.transforms)
+
+    @property
+    def integer(self) -> bool:
+        """The packed linears run the scheme's quantised activations themselves."""
+        return self.scheme.activation_bits < FLOAT_BITS and not self.quantizes_activations
 
     def to_dict(self) -> dict:
         return {
@@ -57,9 +72,46 @@ def rtn(scheme: Scheme | str = "w4a16g128") -> Recipe:
     return Recipe("rtn", Scheme.parse(scheme))
 
 
-def awq(scheme: Scheme | str = "w4a16g128", points: int = 20) -> Recipe:
-    """Activation-aware scales (J. Lin et al., 2023), then rounding."""
-    return Recipe("awq", Scheme.parse(scheme), (SearchScale(points),))
+def awq(
+    scheme: Scheme | str = "w4a16g128",
+    points: int = 20,
+    form: str = "search",
+    inner: bool = True,
+    clip: bool = False,
+) -> Recipe:
+    """Activation-aware scales (J. Lin et al., 2023), then rounding; ``clip``: on clipped ranges."""
+    solver = Clip() if clip else RTN()
+    return Recipe("awq", Scheme.parse(scheme), (SearchScale(points, form, inner=inner),), solver)
+
+
+SMOOTH_LEVELS = {"O1": "token", "O2": "tensor", "O3": "static"}
+
+
+def smoothquant(
+    scheme: Scheme | str = "w8a8",
+    alpha: float | str = 0.5,
+    inner: bool = True,
+    level: str | None = None,
+) -> Recipe:
+    """SmoothQuant (G. Xiao et al., 2023): smooth, then round weights and activations.
+
+    ``alpha``: 0..1, or "auto" for each edge. ``level``: how activations are scaled, "O1" per token,
+    "O2" per tensor, "O3" static from calibration; by default as the scheme says.
+    """
+    scheme = Scheme.parse(scheme)
+    if level is not None:
+        if level not in SMOOTH_LEVELS:
+            raise UsageError(f"level must be one of {', '.join(SMOOTH_LEVELS)}, got {level!r}")
+        scheme = Scheme.parse(scheme, activations=SMOOTH_LEVELS[level])
+    return Recipe("smoothquant", scheme, (Smooth(alpha, inner),))
+
+
+def mixed(
+    scheme: Scheme | str = "w4a16g128", fraction: float = 0.01, by: str = "activation",
+    seed: int = 0,
+) -> Recipe:
+    """Round to nearest, but ``fraction`` of the input columns stay float (solvers/mixed.py)."""
+    return Recipe("mixed", Scheme.parse(scheme), solver=Mixed(fraction, by, seed))
 
 
 def gptq(
@@ -126,7 +178,8 @@ def _rotated(
 
 
 METHODS: dict[str, Callable[..., Recipe]] = {
-    "rtn": rtn, "awq": awq, "gptq": gptq, "quarot": quarot, "spinquant": spinquant
+    "rtn": rtn, "awq": awq, "gptq": gptq, "smoothquant": smoothquant, "mixed": mixed,
+    "quarot": quarot, "spinquant": spinquant
 }
 
 

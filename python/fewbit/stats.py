@@ -16,7 +16,8 @@ class Stats:
     [K, K] float32, G = X^T X. G is sufficient for every quadratic loss: with dW = W' - W the output
     error of a layer is ||X dW^T||^2 = tr(dW G dW^T). ``cross`` [K, K] float32, for solvers that ask
     for it: (X_float - X)^T X, with the inputs that the linear gets in the float model. ``routed``:
-    the linear is an expert, which sees only the tokens that its router sends.
+    the linear is an expert, which sees only the tokens that its router sends. ``sample`` [at most
+    256, K] float32: inputs at even distances through the calibration, for what no sum can tell.
     """
 
     tokens: int
@@ -25,6 +26,7 @@ class Stats:
     gram: Tensor | None
     cross: Tensor | None = None
     routed: bool = False
+    sample: Tensor | None = None
 
     @property
     def mean_abs(self) -> Tensor:
@@ -36,8 +38,10 @@ class Stats:
         gram, cross = (
             None if m is None else m / s[:, None] / s[None, :] for m in (self.gram, self.cross)
         )
+        sample = None if self.sample is None else self.sample / s
         return replace(
-            self, sum_abs=self.sum_abs / s, max_abs=self.max_abs / s, gram=gram, cross=cross
+            self, sum_abs=self.sum_abs / s, max_abs=self.max_abs / s, gram=gram, cross=cross,
+            sample=sample,
         )
 
     def output_loss(self, dw: Tensor) -> float:

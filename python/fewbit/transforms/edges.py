@@ -122,3 +122,27 @@ def apply_scale(layer: nn.Module, edge: Edge, s: Tensor, family: Family) -> None
 
 def _wide(value: Tensor, s: Tensor) -> Tensor:
     return value.to(torch.promote_types(value.dtype, s.dtype))
+
+
+def fit_range(layer: nn.Module, edge: Edge, s: Tensor, family: Family) -> Tensor:
+    """``s`` kept where the divided source and the multiplied readers stay inside their dtype.
+
+    Half of the largest finite number is the limit; only float16 models ever come near it.
+    """
+    source = layer.get_submodule(edge.source)
+    top = torch.finfo(source.weight.dtype).max / 2
+    weight = source.weight.detach().float().abs()
+    if edge.kind == "norm":
+        level = weight + 1.0 if family.unit_offset else weight
+    else:
+        level = weight.amax(1)
+    bias = getattr(source, "bias", None)
+    if bias is not None:
+        level = torch.maximum(level, bias.detach().float().abs())
+    if edge.rows is not None:
+        level = level[edge.rows.to(level.device)]
+    readers = [layer.get_submodule(p).weight.detach().float().abs() for p in edge.readers]
+    columns = torch.stack([w.amax(0) for w in readers]).amax(0)
+    highest = top / edge.to_source(columns, "max").clamp(min=1e-30)
+    lowest = (level / top).to(s.dtype)
+    return torch.minimum(torch.maximum(s, lowest), highest.to(s.dtype))

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ..errors import UsageError
 from . import LayerContext, Transform
-from .edges import Edge, apply_scale, edges
+from .edges import Edge, apply_scale, edges, fit_range
 from .race import Block, race
 
 FORMS = ("search", "duo", "both", "closed-times", "closed-over")
@@ -49,7 +49,7 @@ class SearchScale(Transform):
             blocks = reader_blocks(layer, edge, context)
             names, scales = self.candidates(edge, blocks, context.scheme.group_size)
             result = race([edge.to_readers(s) for s in scales], blocks, context.scheme)
-            best = scales[result.best]
+            best = fit_range(layer, edge, scales[result.best], context.family)
             apply_scale(layer, edge, best, context.family)
             move_stats(edge, best, context)
             context.records.append(
@@ -102,7 +102,7 @@ def reader_blocks(layer: nn.Module, edge: Edge, context: LayerContext) -> list[B
 
 
 def move_stats(edge: Edge, s: Tensor, context: LayerContext) -> None:
-    """Statistics of the readers' inputs, which are now divided by ``s``; shared ones stay shared."""
+    """Statistics of the inputs, which are now divided by ``s``; shared ones stay shared."""
     reader_scale, moved = edge.to_readers(s), {}
     for path in edge.readers:
         stats = context.stats[path]

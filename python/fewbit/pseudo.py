@@ -1,0 +1,81 @@
+"""Linears with quantised activations, computed in float: the reference of the integer modules."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from . import linear as linears
+from .errors import CalibrationError, UsageError
+from .linear import PackedLinear
+from .scheme import FLOAT_BITS, Codes, Scheme
+from .stats import Stats
+
+
+def fake_quantize(x: Tensor, bits: int, mode: str, scale: Tensor | None = None) -> Tensor:
+    """x [tokens, channels] on a symmetric grid of ``bits`` and back, in the type of x.
+
+    ``mode``: "token" (scale = max|row| / (2^(bits-1) - 1)), "tensor" (of the whole call), or
+    "static" (``scale`` [1] from calibration; values beyond are clamped). Rounds half to even.
+    """
+    top = 2 ** (bits - 1) - 1
+    h = x.float()
+    if mode == "static":
+        s = scale
+    elif x.numel() == 0:
+        return x
+    else:
+        level = h.abs().amax(-1, keepdim=True) if mode == "token" else h.abs().amax()
+        s = (level / top).clamp(min=torch.finfo(torch.float32).tiny)
+    return ((h / s).round().clamp(-top, top) * s).to(x.dtype)
+
+
+class PseudoInt8Linear(PackedLinear):
+    """PackedLinear whose input is put on its integer grid first, and multiplied in float32.
+
+    What ``Int8Linear`` computes in integers, up to the rounding of float32 sums; it also serves the
+    activation widths that have no integer kernel. ``x_scale`` [1] float32 belongs to
+    ``scheme.activations`` = "static".
+    """
+
+    def __init__(
+        self, codes: Codes, scheme: Scheme, bias: Tensor | None = None,
+        x_scale: Tensor | None = None,
+    ) -> None:
+        super().__init__(codes, scheme, bias)
+        if (scheme.activations == "static") != (x_scale is not None):
+            raise UsageError('x_scale belongs to activations="static" and is needed there')
+        self.register_buffer("x_scale", x_scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.reshape(-1, self.in_features)
+        scheme = self.scheme
+        flat = fake_quantize(flat, scheme.activation_bits, scheme.activations, self.x_scale)
+        return super().forward(flat).reshape(*x.shape[:-1], self.out_features)
+
+
+def static_scale(stats: Stats | None, bits: int) -> Tensor:
+    """One activation scale from calibration: max|x| / (2^(bits-1) - 1), float32 [1]."""
+    if stats is None:
+        raise CalibrationError('activations="static" need calibration: pass calibration=')
+    top = 2 ** (bits - 1) - 1
+    return (stats.max_abs.max() / top).clamp(min=torch.finfo(torch.float32).tiny).reshape(1)
+
+
+def packed_module(
+    codes: Codes, scheme: Scheme, bias: Tensor | None, stats: Stats | None, integer: bool
+) -> nn.Module:
+    """The module that runs ``codes``: with ``integer`` on the scheme's quantised activations.
+
+    8-bit activations run in integers where the package has the kernel (``linear.Int8Linear``);
+    other widths, and a package without it, in PseudoInt8Linear. The Report names the class.
+    """
+    if not integer or scheme.activation_bits == FLOAT_BITS:
+        return PackedLinear(codes, scheme, bias)
+    scale = None
+    if scheme.activations == "static":
+        scale = static_scale(stats, scheme.activation_bits)
+    native = getattr(linears, "Int8Linear", None)
+    if scheme.activation_bits == 8 and native is not None:
+        return native(codes, scheme, bias, scale)
+    return PseudoInt8Linear(codes, scheme, bias, scale)

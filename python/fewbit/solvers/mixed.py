@@ -1,0 +1,128 @@
+"""Dense and sparse: a few input columns stay float, the rest goes on the grid.
+
+AWQ's first observation (J. Lin et al., 2023, section 2.1): 0.1 to 1 % of the columns, chosen by
+what activations do, carry most of the error. Here it is a method: those columns are left out
+before the grid is fitted, so that they do not stretch its groups either.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UnsupportedError, UsageError
+from ..linear import PackedLinear
+from ..scheme import Codes, Scheme
+from ..stats import Stats
+from . import Solver
+from .rtn import RTN
+
+CHOICES = ("activation", "random", "weight", "hessian")
+
+
+class MixedLinear(PackedLinear):
+    """y = x W_q^T + x[kept] W_kept^T + b.
+
+    ``kept`` int64 [n] columns, ``kept_weight`` [out_features, n] in the float type of the original
+    weight; the codes of those columns stand for 0.
+    """
+
+    def __init__(
+        self, codes: Codes, scheme: Scheme, bias: Tensor | None, kept: Tensor, kept_weight: Tensor
+    ) -> None:
+        super().__init__(codes, scheme, bias)
+        self.register_buffer("kept", kept)
+        self.register_buffer("kept_weight", kept_weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + x[..., self.kept] @ self.kept_weight.to(x.dtype).T
+
+    def codes(self) -> Codes:
+        raise UnsupportedError(
+            f"a MixedLinear keeps {len(self.kept)} float columns beside its codes, and no "
+            "checkpoint format stores both: save another method's result"
+        )
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight in use, float32 [out_features, in_features]."""
+        w = PackedLinear.weight.fget(_Codes(self))
+        w[:, self.kept] = self.kept_weight.float()
+        return w
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, kept={len(self.kept)}"
+
+
+class _Codes:
+    """A MixedLinear's packed part, for PackedLinear's own way back to codes."""
+
+    def __init__(self, linear: MixedLinear) -> None:
+        self.scheme, self.linear = linear.scheme, linear
+
+    def codes(self) -> Codes:
+        return PackedLinear.codes(self.linear)
+
+
+class Mixed(Solver):
+    """Keep ``fraction`` of the input columns float and solve the rest with ``base``.
+
+    ``by``: "activation" (mean |x|), "hessian" (diagonal of X^T X), "weight" (mean |w| of the
+    column) or "random" (``seed``). At least one column is kept.
+    """
+
+    def __init__(
+        self, fraction: float = 0.01, by: str = "activation", seed: int = 0,
+        base: Solver | None = None,
+    ) -> None:
+        if by not in CHOICES:
+            raise UsageError(f"by must be one of {', '.join(CHOICES)}, got {by!r}")
+        if not 0 < fraction <= 1:
+            raise UsageError(f"fraction must be above 0 and at most 1, got {fraction}")
+        self.fraction, self.by, self.seed = fraction, by, seed
+        self.base = RTN() if base is None else base
+
+    @property
+    def needs_stats(self) -> bool:
+        return self.by in ("activation", "hessian") or self.base.needs_stats
+
+    @property
+    def needs_cross(self) -> bool:
+        return self.base.needs_cross
+
+    def to_dict(self) -> dict:
+        return {**super().to_dict(), "base": self.base.to_dict()}
+
+    def salient(self, weight: Tensor, stats: Stats | None) -> Tensor:
+        """The columns to keep, int64, ascending."""
+        columns = weight.shape[1]
+        count = min(max(1, round(columns * self.fraction)), columns)
+        if self.by == "random":
+            generator = torch.Generator().manual_seed(self.seed)
+            return torch.randperm(columns, generator=generator)[:count].sort().values
+        if self.by == "activation":
+            level = stats.mean_abs
+        elif self.by == "hessian":
+            level = stats.gram.diagonal()
+        else:
+            level = weight.float().abs().mean(0)
+        return level.topk(count).indices.sort().values
+
+    def build(
+        self, linear: nn.Module, path: str, scheme: Scheme, stats: Stats | None, integer: bool
+    ) -> tuple[nn.Module, dict]:
+        if integer:
+            raise UnsupportedError(
+                f"mixed keeps float columns and float activations; scheme {scheme} quantises them"
+            )
+        weight = linear.weight.detach()
+        kept = self.salient(weight, stats)
+        rest = weight.clone()
+        rest[:, kept] = 0
+        codes, info = self.base.solve(rest, scheme, stats)
+        q = codes.q.clone()
+        group = kept // scheme.group_of(weight.shape[1])
+        q[:, kept] = codes.zero_point[:, group]  # exactly 0, also where a solver moved error there
+        codes = Codes(q, codes.scale, codes.zero_point)
+        module = MixedLinear(codes, scheme, linear.bias, kept, weight[:, kept].clone())
+        return module, {**info, "kept": kept.tolist()}

@@ -1,0 +1,134 @@
+"""Salient columns kept float, and clipped ranges."""
+
+import pytest
+import torch
+from torch import nn
+
+from fewbit import ops
+from fewbit.errors import UnsupportedError, UsageError
+from fewbit.pipeline import quantize_
+from fewbit.scheme import Scheme
+from fewbit.solvers.clip import Clip, clamp_groups, clip_range
+from fewbit.solvers.gptq import GPTQ
+from fewbit.solvers.mixed import CHOICES, Mixed, MixedLinear
+from fewbit.solvers.rtn import RTN
+from fewbit.stats import Stats
+from test_scale import stats_of
+from test_smooth import DATA
+from tiny import probe, tiny
+
+
+def problem(rows=12, columns=40, seed=0):
+    torch.manual_seed(seed)
+    x = torch.randn(60, columns)
+    x[:, 7] *= 50
+    x[:, 31] *= 30
+    return nn.Linear(columns, rows), x
+
+
+@pytest.mark.parametrize("by", CHOICES)
+def test_kept_columns_are_exact(by):
+    linear, x = problem()
+    stats, scheme = stats_of(x), Scheme(3, 16)
+    module, info = Mixed(0.05, by).build(linear, "l", scheme, stats, False)
+    assert isinstance(module, MixedLinear) and len(info["kept"]) == 2
+    if by in ("activation", "hessian"):
+        assert info["kept"] == [7, 31]
+    assert torch.equal(module.weight[:, module.kept], linear.weight[:, module.kept])
+    with torch.no_grad():
+        want = x.double() @ module.weight.double().T + linear.bias.double()
+        bound = 45 * 2**-24 * (x.abs() @ module.weight.abs().T + linear.bias.abs())
+        assert bool(((module(x).double() - want).abs() <= bound).all())
+    plain = RTN().build(linear, "l", scheme, stats, False)[0]
+    assert module.nbytes() == plain.nbytes() + 2 * 8 + 2 * 12 * 4
+
+
+def test_activation_beats_random():
+    linear, x = problem(64, 300)
+    stats, scheme = stats_of(x), Scheme(3, 64)
+    loss = {}
+    for by in CHOICES:
+        module, _ = Mixed(0.01, by).build(linear, "l", scheme, stats, False)
+        loss[by] = stats.output_loss(module.weight - linear.weight.detach())
+    rtn = RTN().build(linear, "l", scheme, stats, False)[0]
+    loss["rtn"] = stats.output_loss(rtn.weight - linear.weight.detach())
+    assert loss["activation"] < 0.2 * loss["rtn"] and loss["random"] > 0.7 * loss["rtn"]
+
+
+@pytest.mark.parametrize("fraction, count", [(0.001, 1), (0.01, 3), (1.0, 300)])
+def test_counts(fraction, count):
+    linear, x = problem(4, 300)
+    assert len(Mixed(fraction).salient(linear.weight, stats_of(x))) == count
+
+
+def test_over_gptq_and_in_the_pipeline():
+    linear, x = problem()
+    module, _ = Mixed(0.05, base=GPTQ()).build(linear, "l", Scheme(3, 16), stats_of(x), False)
+    assert torch.equal(module.weight[:, 7], linear.weight[:, 7])
+    model = tiny("llama-gqa")
+    report = quantize_(model, "mixed", "w3a16g16", DATA, progress=False, fraction=0.05)
+    assert all(len(r.info["kept"]) >= 2 for r in report.linears)
+    assert bool(model(input_ids=probe()).logits.isfinite().all())
+    down = model.model.layers[0].mlp.down_proj
+    with pytest.raises(UnsupportedError, match="4 float columns beside its codes"):
+        down.codes()
+
+
+def test_refusals():
+    with pytest.raises(UsageError, match="by must be one of activation"):
+        Mixed(by="size")
+    with pytest.raises(UsageError, match="fraction must be above 0"):
+        Mixed(0)
+    with pytest.raises(UnsupportedError, match="mixed keeps float columns"):
+        quantize_(tiny("opt"), "mixed", "w8a8", DATA, progress=False)
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("columns, group", [(64, 16), (40, 16), (24, -1)])
+def test_clip_never_loses_on_its_own_loss(columns, group, symmetric):
+    torch.manual_seed(0)
+    w, x = torch.randn(9, columns), torch.randn(80, columns)
+    w[torch.rand_like(w) < 0.05] *= 4
+    stats, scheme = stats_of(x), Scheme(3, group, symmetric, "float32")
+
+    def group_losses(v):
+        q = ops.pseudo_quantize(v, 3, group, symmetric, "float32") - w
+        size = scheme.group_of(columns)
+        parts = [
+            ((q[:, i : i + size] @ stats.gram[i : i + size, i : i + size]) * q[:, i : i + size])
+            for i in range(0, columns, size)
+        ]
+        return torch.stack([p.sum(1) for p in parts], 1)
+
+    low, high = clip_range(w, scheme, stats.gram, 10, 0.5)
+    clipped = clamp_groups(w, low, high, scheme)
+    assert bool((group_losses(clipped) <= group_losses(w) * (1 + 1e-5)).all())
+    assert float(group_losses(clipped).sum()) < 0.98 * float(group_losses(w).sum())
+    assert bool((low <= 0).all()) and bool((high >= 0).all())
+
+
+def test_asymmetric_ends_move_alone():
+    """One outlier on the low side: only that end is cut."""
+    w = torch.cat([torch.tensor([-8.0]), torch.linspace(0, 1, 15)])[None]
+    eye = torch.eye(16)
+    eye[0, 0] = 1e-3  # the outlier's input hardly ever speaks
+    low, high = clip_range(w, Scheme(3, 16, scale_dtype="float32"), eye, 10, 0.9)
+    assert float(low) > -2 and float(high) > 0.9  # cut to a fifth, and hardly
+
+
+def test_skip_and_pipeline():
+    linear, x = problem()
+    stats, scheme = stats_of(x), Scheme(3, 16)
+    solver = Clip(skip=("q_proj",))
+    assert not solver.build(linear, "attn.q_proj", scheme, stats, False)[1]["clipped"]
+    assert solver.build(linear, "attn.v_proj", scheme, stats, False)[1]["clipped"]
+    report = quantize_(tiny("opt"), "awq", "w3a16g16", DATA, progress=False, clip=True)
+    assert all(r.info["clipped"] for r in report.linears)
+
+
+def test_clip_of_unseen_inputs_is_rounding():
+    linear, _ = problem()
+    nothing = Stats(0, torch.zeros(40), torch.zeros(40), torch.zeros(40, 40))
+    codes, _ = Clip().solve(linear.weight.detach(), Scheme(3, 16), nothing)
+    plain, _ = RTN().solve(linear.weight.detach(), Scheme(3, 16), None)
+    assert all(torch.equal(a, b) for a, b in zip(codes, plain, strict=True))
