@@ -143,8 +143,9 @@ def quarot(
 
 def spinquant(
     scheme: Scheme | str = "w4a4",
-    steps: int = 100,
+    steps: int = 20,
     lr: float | None = None,
+    range_steps: int = 300,
     weights: bool = False,
     optimizer: str = "cayley-adam",
     loss: str = "kl",
@@ -158,7 +159,8 @@ def spinquant(
     """
     def make(*args, **kwargs) -> SpinQuant:
         return SpinQuant(
-            steps=steps, lr=lr, weights=weights, optimizer=optimizer, loss=loss, **kwargs
+            steps=steps, lr=lr, range_steps=range_steps, weights=weights, optimizer=optimizer,
+            loss=loss, **kwargs,
         )
 
     return _rotated("spinquant", Scheme.parse(scheme), online, make, (), seed, keeps_mean)

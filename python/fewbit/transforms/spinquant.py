@@ -1,7 +1,8 @@
 """Rotations learned for a quantised network: R1 and R2 on the Stiefel manifold.
 
-Z. Liu et al., SpinQuant, 2024, section 3. The network has quantised activations (and weights, if
-asked) and gradients pass straight through the rounding. The loss is the next-token cross-entropy
+Z. Liu et al., SpinQuant, 2024, section 3. First the rotations are fitted to activations alone
+(ranges.py), which is quick; then the network is trained. It has quantised activations (and weights,
+if asked) and gradients pass straight through the rounding. The loss is the next-token cross-entropy
 ("ce"), as in the paper, or the KL divergence from the float model's predictions ("kl"), which is
 only about what quantisation does and so shows it with far less noise. Each step keeps R orthogonal
 by the Cayley transform R <- (I + t/2 A)^-1 (I - t/2 A) R of a skew-symmetric A. "cayley-sgd" takes
@@ -27,10 +28,11 @@ from ..families import Family, decoder_layers
 from ..kv import head_dim
 from ..orthogonal import _householder_to_mean, rotation
 from ..scheme import FLOAT_BITS, Scheme
-from . import LayerContext
+from . import LayerContext, ranges
 from .activations import QuantizeActivations
 from .edges import inner_channels
 from .fold import FoldNorm, norm_readers
+from .ranges import sample_inputs
 from .rotate import Rotate, check_rotatable
 
 OPTIMIZERS = ("cayley-adam", "cayley-sgd")
@@ -79,7 +81,8 @@ class Stiefel:
 class SpinQuant(Rotate):
     """Rotate with learned R1 and R2. R3 and R4 stay Hadamard.
 
-    ``steps`` of ``batch`` windows each, learning rate falling linearly to 0; ``weights``: learn
+    ``range_steps`` of fitting to activations, then ``steps`` of ``batch`` windows each through the
+    network, learning rate falling linearly to 0; ``weights``: learn
     with quantised weights too, for rounding to nearest (without, for GPTQ, which repairs weights
     itself). ``threads``: of the learning; a fixed number makes the result the same on any machine
     with the same libraries.
@@ -89,9 +92,10 @@ class SpinQuant(Rotate):
 
     def __init__(
         self,
-        steps: int = 100,
+        steps: int = 20,
         lr: float | None = None,
-        batch: int = 4,
+        batch: int = 2,
+        range_steps: int = 300,
         weights: bool = False,
         optimizer: str = "cayley-adam",
         loss: str = "kl",
@@ -109,16 +113,19 @@ class SpinQuant(Rotate):
             raise UsageError(f"optimizer must be one of {OPTIMIZERS}, got {optimizer!r}")
         if loss not in LOSSES:
             raise UsageError(f"loss must be one of {LOSSES}, got {loss!r}")
-        if steps < 1 or batch < 1:
-            raise UsageError(f"steps and batch must be at least 1, got {steps} and {batch}")
+        if steps < 0 or range_steps < 0 or batch < 1:
+            raise UsageError(
+                "steps and range_steps must be at least 0 and batch at least 1, got "
+                f"{steps}, {range_steps} and {batch}"
+            )
         self.steps, self.batch, self.weights, self.threads = steps, batch, weights, threads
-        self.lr = lr if lr is not None else (0.003 if optimizer == "cayley-adam" else 1.5)
+        self.lr = lr if lr is not None else (0.001 if optimizer == "cayley-adam" else 1.5)
         self.optimizer, self.loss, self.start = optimizer, loss, (r1, r2)
         self.activations = activations or QuantizeActivations()
-        self.losses: list[float] = []
+        self.range_steps, self.losses = range_steps, []
 
     def to_dict(self) -> dict:
-        keys = ("steps", "lr", "batch", "weights", "optimizer", "loss", "start")
+        keys = ("range_steps", "steps", "lr", "batch", "weights", "optimizer", "loss", "start")
         own = {key: getattr(self, key) for key in keys}
         return {**super().to_dict(), "name": "SpinQuant", **own}
 
@@ -131,7 +138,7 @@ class SpinQuant(Rotate):
             raise CalibrationError("spinquant learns from calibration tokens, and there are none")
         self.r1, self.r2 = self.start
         with _threads(self.threads), torch.enable_grad():
-            self._learn(_Twin(model, family, scheme, self), batches)
+            self._learn(_Twin(model, family, scheme, self, batches), batches)
 
     def _learn(self, twin: _Twin, batches: list[Tensor]) -> None:
         generator = torch.Generator().manual_seed(self.seed)
@@ -160,7 +167,10 @@ def _threads(count: int) -> Iterator[None]:
 class _Twin:
     """A folded float32 copy of the model whose weights are functions of R1 and R2."""
 
-    def __init__(self, model: nn.Module, family: Family, scheme: Scheme, spin: SpinQuant) -> None:
+    def __init__(
+        self, model: nn.Module, family: Family, scheme: Scheme, spin: SpinQuant,
+        batches: list[Tensor],
+    ) -> None:
         self.float, self.kl = model, spin.loss == "kl"
         self.model = copy.deepcopy(model).float().eval().requires_grad_(False)
         self.family, self.scheme, self.quantize_weights = family, scheme, spin.weights
@@ -170,6 +180,8 @@ class _Twin:
         fold = FoldNorm(centre=not keep)
         with torch.no_grad():
             for transform in (fold, fixed, spin.activations):
+                if transform is spin.activations and spin.range_steps:
+                    inputs = sample_inputs(self.model, family, batches)
                 transform.outside(self.model, family)
                 for index, layer in enumerate(decoder_layers(self.model, family)):
                     transform.layer(layer, LayerContext(index, family, config, scheme, {}))
@@ -185,6 +197,22 @@ class _Twin:
             Stiefel(rotation(dim, spin.start[1], spin.seed + 1 + i).matrix(), spin.optimizer)
             for i in range(layers)
         ]
+        if spin.range_steps:
+            self.fit_ranges(*inputs, spin.range_steps, torch.Generator().manual_seed(spin.seed))
+
+    def fit_ranges(
+        self, hidden: Tensor, values: list[Tensor], steps: int, generator: torch.Generator
+    ) -> None:
+        lr = 0.003 if self.r1.optimizer == "cayley-adam" else 0.05
+        ranges.learn(
+            self.r1, lambda x, r: x @ self.full_r1(r), hidden, steps, lr, generator
+        )
+        for r2, x in zip(self.r2, values, strict=True):
+            x = x.reshape(len(x), -1, self.dim)
+            ranges.learn(r2, lambda x, r: (x @ r).flatten(1), x, steps, lr, generator)
+        for matrix in (self.r1, *self.r2):  # the network's loss starts with a fresh memory
+            matrix.momentum.zero_(), matrix.second.zero_()
+            matrix.steps = 0
 
     def full_r1(self, free: Tensor) -> Tensor:
         if self.frame is None:
