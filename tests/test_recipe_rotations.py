@@ -12,7 +12,7 @@ from fewbit.linearise import linearise
 from fewbit.online import ActivationQuant, clipped_grid, online_paths
 from fewbit.pipeline import quantize_
 from fewbit.scheme import Scheme
-from fewbit.transforms import LayerContext
+from fewbit.transforms import LayerContext, ranges
 from fewbit.transforms.rotate import Rotate
 from fewbit.transforms.spinquant import SpinQuant, Stiefel
 from fewbit.undo import restore_
@@ -142,11 +142,24 @@ def test_learned_rotations_keep_the_function(twin, keeps_mean):
     family = describe(model)
     linearise(model, family)
     before = model(probe()).logits
-    spin = SpinQuant(steps=3, batch=2, keeps_mean=keeps_mean, weights=True)
+    spin = SpinQuant(steps=3, batch=2, range_steps=4, keeps_mean=keeps_mean, weights=True)
     spin.prepare(model, family, Scheme.parse("w4a4"), WINDOWS.batches)
     assert len(spin.losses) == 3 and isinstance(spin.r1, torch.Tensor) and len(spin.r2) == 2
     apply(model, spin)
     assert float((model(probe()).logits - before).abs().max() / before.abs().max()) < 1e-9
+
+
+def test_ranges_fall_on_tokens_not_seen():
+    """Fitting to half of a sample with outliers makes the other half easier too."""
+    generator = torch.Generator().manual_seed(2)
+    mix = torch.randn(16, 16, generator=generator)
+    x = torch.randn(600, 16, generator=generator).pow(3) @ mix
+    r = Stiefel(torch.eye(16), "cayley-adam")
+    losses = ranges.learn(r, lambda t, m: t @ m, x[:300], 60, 0.02, generator)
+    assert losses[-1] < 0.9 * losses[0]
+    both = (torch.eye(16), r.value.detach())
+    top = [float((x[300:] @ m).abs().amax(1).square().mean()) for m in both]
+    assert top[1] < 0.95 * top[0]
 
 
 def test_learning_is_deterministic_and_helps():
@@ -154,7 +167,7 @@ def test_learning_is_deterministic_and_helps():
     for threads in (1, 2):
         torch.set_num_threads(threads)
         model = tiny("llama-gqa")
-        spin = SpinQuant(steps=12, lr=0.03, batch=4, weights=True, seed=3)
+        spin = SpinQuant(steps=12, lr=0.03, batch=4, range_steps=4, weights=True, seed=3)
         spin.prepare(model, describe(model), Scheme.parse("w3a3"), WINDOWS.batches)
         results.append(spin)
     assert torch.equal(results[0].r1, results[1].r1)
