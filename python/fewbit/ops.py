@@ -14,6 +14,7 @@ from . import _C, reference  # noqa: F401  (importing _C registers the native ke
 
 __all__ = [
     "act_stats",
+    "coordinate_descent",
     "dequantize",
     "gptq",
     "gram",
@@ -174,6 +175,34 @@ def gram(x: Tensor, g: Tensor) -> None:
 @torch.library.register_fake("fewbit::gram")
 def _(x, g):
     return None
+
+
+def coordinate_descent(
+    w: Tensor,
+    h: Tensor,
+    q: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    bits: int = 4,
+    group_size: int = 128,
+    sweeps: int = 1,
+) -> Tensor:
+    """Codes uint8 [out_features, in_features] with a lower error (w - w') H (w - w')^T per row.
+
+    Starts from ``q``, ``scale`` and ``zero_point`` as ``quantize`` or ``gptq`` return them; ``w``
+    [out_features, in_features] float32, float16 or bfloat16; ``h`` float32 [in_features,
+    in_features], symmetric with a positive diagonal. Each of ``sweeps`` visits every column in
+    order and puts it on the point of its grid that is best given all others. Equations:
+    cpp/include/fewbit/coordinate_descent.h.
+    """
+    return torch.ops.fewbit.coordinate_descent(
+        w, h, q, scale, zero_point, bits, group_size, sweeps
+    )
+
+
+@torch.library.register_fake("fewbit::coordinate_descent")
+def _(w, h, q, scale, zero_point, bits, group_size, sweeps):
+    return q.new_empty(q.shape)
 
 
 def gptq(

@@ -187,6 +187,32 @@ def _search_range(
     return best[0][:, 0], best[1][:, 0]
 
 
+def coordinate_descent(
+    w: Tensor,
+    h: Tensor,
+    q: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    bits: int,
+    group_size: int,
+    sweeps: int,
+) -> Tensor:
+    """Each code in turn to round(t / s) + z, t_k = w'_k + ((w - w') H)_k / H_kk."""
+    group = resolve_group(group_size, w.shape[1])
+    dtype = torch.float32 if w.device.type == "mps" else torch.float64
+    w, h, q, s, z = (t.to(dtype) for t in (w, h, q, scale, zero_point))
+    q = q.clone()
+    at = torch.arange(w.shape[1], device=w.device) // group
+    g = (w - (q - z[:, at]) * s[:, at]) @ h
+    for _ in range(sweeps):
+        for k in range(w.shape[1]):
+            step, zero = s[:, k // group], z[:, k // group]
+            old = (q[:, k] - zero) * step
+            q[:, k] = (((old + g[:, k] / h[k, k]) / step).round() + zero).clamp(0, 2.0**bits - 1)
+            g += (old - (q[:, k] - zero) * step)[:, None] * h[k]
+    return q.to(torch.uint8)
+
+
 def hadamard(x: Tensor, base: Tensor | None, signs: Tensor | None) -> Tensor:
     """(x signs) (base (x) H_{2^k}) / sqrt(2^k), an int8 base over sqrt(m); float32 inside."""
     rows, width = x.shape

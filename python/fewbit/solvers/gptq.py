@@ -100,7 +100,7 @@ class GPTQ(Solver):
         if self.sweeps:
             h = scaled(stats.gram, factor.exponent)
             h.diagonal().add_(factor.damp * float(h.diagonal().mean()))
-            q = ops.coordinate_descent(goal, h, *codes, scheme.group_size, self.sweeps)
+            q = ops.coordinate_descent(goal, h, *codes, *grid[:2], self.sweeps)
             codes = Codes(q, *codes[1:])
         return codes, info
 

@@ -1,0 +1,60 @@
+#include "fewbit/coordinate_descent.h"
+
+#include "common.h"
+
+namespace fewbit::bindings {
+
+namespace {
+
+// Rows per pass: bounds the scratch, and is enough work for many threads.
+constexpr int64_t pass_rows = 1024;
+
+}  // namespace
+
+Tensor coordinate_descent(const Tensor& w, const Tensor& h, const Tensor& q, const Tensor& scale,
+                          const Tensor& zero_point, int64_t bits, int64_t group_size,
+                          int64_t sweeps) {
+  check_matrix(w, "w", "[out_features, in_features]");
+  const int64_t rows = w.size(0), columns = w.size(1);
+  const int64_t group = resolve_group(group_size, columns);
+  const int64_t groups = count_groups(columns, group);
+  const DType dtype = dtype_of(w, "w");
+  check(bits >= 2 && bits <= 8, "bits must be in 2..8, got ", bits);
+  check(sweeps >= 0, "sweeps must be at least 0, got ", sweeps);
+  check_dtype(h, ScalarType::Float, "h");
+  check_shape(h, {columns, columns}, "h");
+  check_dtype(q, ScalarType::Byte, "q");
+  check_shape(q, {rows, columns}, "q");
+  dtype_of(scale, "scale");
+  check_shape(scale, {rows, groups}, "scale");
+  check_dtype(zero_point, ScalarType::Byte, "zero_point");
+  check_shape(zero_point, {rows, groups}, "zero_point");
+  const Tensor in = dense(w), hessian = dense(h), zero = dense(zero_point);
+  const Tensor steps = dense(torch::stable::to(scale, ScalarType::Float));
+  Tensor out = empty({rows, columns}, ScalarType::Byte);
+  torch::stable::copy_(out, q);
+  const int64_t pass = rows < pass_rows ? rows : pass_rows;
+  Tensor work = empty({(pass + CoordinateDescent::panel - 1) / CoordinateDescent::panel,
+                       columns + CoordinateDescent::padding, CoordinateDescent::panel},
+                      ScalarType::Float);
+  for (int64_t first = 0; first < rows; first += pass) {
+    const int64_t n = first + pass <= rows ? pass : rows - first;
+    run(CoordinateDescent{data<char>(in) + first * columns * size_of(dtype), data<float>(hessian),
+                          data<float>(steps) + first * groups,
+                          data<uint8_t>(zero) + first * groups,
+                          mutable_data<uint8_t>(out) + first * columns, mutable_data<float>(work),
+                          dtype, n, columns, group, groups, sweeps, static_cast<int>(bits)});
+  }
+  return out;
+}
+
+STABLE_TORCH_LIBRARY_FRAGMENT(fewbit, m) {
+  m.def(
+      "coordinate_descent(Tensor w, Tensor h, Tensor q, Tensor scale, Tensor zero_point, int bits,"
+      " int group_size, int sweeps) -> Tensor");
+}
+STABLE_TORCH_LIBRARY_IMPL(fewbit, CPU, m) {
+  m.impl("coordinate_descent", TORCH_BOX(&coordinate_descent));
+}
+
+}  // namespace fewbit::bindings
