@@ -32,15 +32,17 @@ class GPTQ(Solver):
     "activation", largest diagonal first, groups fitted beforehand so that they stay in place on
     disk (act-order with static groups); "groups", the same between groups and inside each of them,
     groups fitted in order (group-aware order); "backward", right to left (Babai, LDLQ). ``fit``:
-    the range of a group, or the range shrunk to the least squared error ("mse") or the least one
-    weighted by V_kk^2 ("hessian"), out of ``points``. ``clip`` False widens a group until no target
-    leaves its grid, the condition of Babai's error bound (J. Chen et al., 2025).
+    the "range" of a group as published, or out of ``points`` ranges down to a fifth of it the one
+    with the least squared error ("mse"), weighted by V_kk^2 ("hessian"). ``clip`` False widens a
+    group until no target leaves its grid, the condition of Babai's error bound (J. Chen et al.,
+    2025).
 
     ``target``: the layer's output on the inputs it gets from the model quantised so far ("weight"),
     or the float model's output: "gptaq" moves each column's mismatch into the columns behind it (Y.
     Li et al., 2025, eq. 15), "qronos" aims at the least-squares weight from the start (S. Zhang et
-    al., 2025, prop. 3.1); both need Stats.cross. ``sweeps`` of coordinate descent follow: each code
-    in turn to the best value given all others. ``strict`` makes every rung of the ladder an error.
+    al., 2025, prop. 3.1), by ``strength`` of the way; both need Stats.cross. ``sweeps`` of
+    coordinate descent follow: each code in turn to the best value given all others. ``strict``
+    makes every rung of the ladder an error.
     """
 
     needs_stats = True
@@ -49,10 +51,11 @@ class GPTQ(Solver):
         self,
         damp: float = 0.01,
         order: str = "columns",
-        fit: str = "range",
+        fit: str = "hessian",
         points: int = 40,
         clip: bool = True,
         target: str = "weight",
+        strength: float = 1.0,
         sweeps: int = 0,
         block: int = 128,
         strict: bool = False,
@@ -62,10 +65,11 @@ class GPTQ(Solver):
         ):
             if value not in allowed:
                 raise UsageError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
-        if not 0.0 <= damp <= 1.0:
-            raise UsageError(f"damp must be in 0..1, got {damp!r}")
+        for name, value in (("damp", damp), ("strength", strength)):
+            if not 0.0 <= value <= 1.0:
+                raise UsageError(f"{name} must be in 0..1, got {value!r}")
         self.damp, self.order, self.fit, self.points = damp, order, fit, points
-        self.clip, self.target, self.sweeps = clip, target, sweeps
+        self.clip, self.target, self.strength, self.sweeps = clip, target, strength, sweeps
         self.block, self.strict = block, strict
         self._last: tuple[weakref.ref, tuple, Factor | None] | None = None
 
@@ -81,14 +85,19 @@ class GPTQ(Solver):
     def solve(self, weight: Tensor, scheme: Scheme, stats: Stats | None) -> tuple[Codes, dict]:
         if stats is None or stats.gram is None:
             raise CalibrationError("GPTQ needs the Gram matrix of the layer's inputs")
-        factor = self._factor(stats, scheme)
+        unseen = stats.routed and stats.tokens == 0
+        factor = None if unseen else self._factor(stats, scheme)
         if factor is None:
-            info = {"rung": len(RUNGS) - 1, "ladder": "rtn", "reason": "the Hessian is not finite"}
+            reason = "no token is routed to this expert" if unseen else "the Hessian is not finite"
+            info = {"rung": len(RUNGS) - 1, "ladder": RUNGS[-1], "reason": reason}
         else:
             info = factor.info()
+        if stats.tokens < weight.shape[1]:
+            info["few_tokens"] = f"{stats.tokens} for {weight.shape[1]} inputs"
         if self.strict and info["rung"] > 0:
             raise CalibrationError(
                 f"strict: the Hessian needs rung {info['rung']} ({info['ladder']}) of the ladder"
+                + (f": {info['reason']}" if "reason" in info else "")
             )
         grid = (scheme.bits, scheme.group_size, scheme.symmetric, scheme.scale_dtype)
         if factor is None:
@@ -107,8 +116,11 @@ class GPTQ(Solver):
     def _factor(self, stats: Stats, scheme: Scheme) -> Factor | None:
         """The factor of one Hessian, computed once for all linears that share their input."""
         key = (scheme.group_size, self.damp, self.order)
-        if self._last is not None and self._last[0]() is stats and self._last[1] == key:
-            return self._last[2]
+        if self._last is not None and self._last[1] == key:
+            seen = self._last[0]()
+            # A transform may have given each reader its own copy of the same statistics.
+            if seen is not None and (seen is stats or torch.equal(seen.gram, stats.gram)):
+                return self._last[2]
         self._last = None  # frees the old one before the new one is made
         order = self._order(stats.gram, scheme)
         factor = factorize(stats.gram, self.damp, order)
@@ -161,7 +173,7 @@ class GPTQ(Solver):
         else:
             half = solve(v.mT, d, upper=False, left=False).triu_(1)
             shift = w @ solve(v, half, upper=True, left=False)
-        goal = (w + shift).float()
+        goal = (w + self.strength * shift).float()
         return goal if order is None else torch.empty_like(goal).index_copy_(1, order, goal)
 
     def _widen(
