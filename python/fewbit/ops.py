@@ -20,9 +20,11 @@ __all__ = [
     "gram",
     "hadamard",
     "pack",
+    "pack_fields",
     "pseudo_quantize",
     "quantize",
     "unpack",
+    "unpack_fields",
     "w4a16_linear",
 ]
 
@@ -304,6 +306,38 @@ def w4a16_linear(
 @torch.library.register_fake("fewbit::w4a16_linear")
 def _(x, packed, scale, zero_point, bias, out_features, bits, group_size):
     return x.new_empty((x.shape[0], out_features))
+
+
+def pack_fields(q: Tensor, bits: int, interleave: bool = False) -> Tensor:
+    """Codes to the words that checkpoint formats store: a dense little-endian bit stream per row.
+
+    ``q`` uint8 [rows, columns], codes below 2**bits (not checked: a larger one runs into its
+    neighbour). Returns int32 [rows, ceil(columns * bits / 32)]; with ``interleave`` (4 bits, AWQ)
+    int32 [rows / 8, columns], eight rows to a word. Layout: cpp/include/fewbit/pack_fields.h.
+    Raises ValueError for bits outside 2..8, or interleaving with other bits or rows not in eights.
+    """
+    return torch.ops.fewbit.pack_fields(q, bits, interleave)
+
+
+@torch.library.register_fake("fewbit::pack_fields")
+def _(q, bits, interleave=False):
+    rows, columns = q.shape
+    shape = (rows // 8, columns) if interleave else (rows, (columns * bits + 31) // 32)
+    return q.new_empty(shape, dtype=torch.int32)
+
+
+def unpack_fields(words: Tensor, bits: int, columns: int, interleave: bool = False) -> Tensor:
+    """The inverse of ``pack_fields``: uint8 [rows, columns] from int32 words.
+
+    Rows may hold more words than ``columns`` need. Raises ValueError when they hold fewer.
+    """
+    return torch.ops.fewbit.unpack_fields(words, bits, columns, interleave)
+
+
+@torch.library.register_fake("fewbit::unpack_fields")
+def _(words, bits, columns, interleave=False):
+    rows = words.shape[0] * (8 if interleave else 1)
+    return words.new_empty((rows, columns), dtype=torch.uint8)
 
 
 def _count_groups(columns: int, group_size: int) -> int:

@@ -330,3 +330,36 @@ def w4a16_linear(
     q, s, z = unpack(packed, scale, zero_point, out_features, x.shape[1], bits, group_size)
     w = dequantize(q, s, z, group_size, "float32")
     return F.linear(x.float(), w, None if bias is None else bias.float()).to(x.dtype)
+
+
+_NIBBLE_ROWS = (0, 2, 4, 6, 1, 3, 5, 7)  # AWQ: the row in nibble i of a word
+
+
+def pack_fields(q: Tensor, bits: int, interleave: bool = False) -> Tensor:
+    """A dense little-endian bit stream per row, by way of single bits."""
+    if interleave:
+        q = q.unflatten(0, (-1, 8))[:, list(_NIBBLE_ROWS)]  # [rows / 8, nibble, columns]
+        return _words((q.transpose(1, 2).unsqueeze(-1) >> torch.arange(4, device=q.device)) & 1)
+    stream = (q.unsqueeze(-1) >> torch.arange(bits, device=q.device)) & 1
+    stream = F.pad(stream.flatten(1), (0, -(q.shape[1] * bits) % 32))
+    return _words(stream.reshape(len(q), stream.shape[1] // 32, 32))
+
+
+def _words(stream: Tensor) -> Tensor:
+    """Bits [..., 32] or [..., 8, 4], lowest first, to int32 [...]."""
+    stream = stream.flatten(2).long()
+    value = (stream << torch.arange(32, device=stream.device)).sum(-1)
+    return torch.where(value >= 2**31, value - 2**32, value).to(torch.int32)
+
+
+def unpack_fields(words: Tensor, bits: int, columns: int, interleave: bool = False) -> Tensor:
+    """The inverse of ``pack_fields``."""
+    stream = (words.unsqueeze(-1) >> torch.arange(32, device=words.device)) & 1  # [rows, words, 32]
+    width = torch.arange(bits, device=words.device)
+    if interleave:
+        nibbles = (stream.unflatten(-1, (8, 4)) << width).sum(-1).transpose(1, 2)
+        rows = torch.empty_like(nibbles)
+        rows[:, list(_NIBBLE_ROWS)] = nibbles
+        return rows.flatten(0, 1).to(torch.uint8)
+    stream = stream.flatten(1)[:, : columns * bits].reshape(len(words), columns, bits)
+    return (stream << width).sum(-1).to(torch.uint8)

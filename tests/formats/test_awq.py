@@ -6,7 +6,7 @@ from strategies import random_codes, same
 
 from fewbit import formats
 from fewbit.errors import CheckpointError, UnsupportedError
-from fewbit.formats.awq import VERSIONS, Gemm, Gemv, GemvFast, deinterleave, interleave
+from fewbit.formats.awq import VERSIONS, Gemm, Gemv, GemvFast
 from fewbit.scheme import Codes, Scheme
 
 GEMM = Gemm()
@@ -45,14 +45,6 @@ def test_round_trip_and_check(symmetric, rows, blocks, group_size, seed):
     GEMM.check(tensors, scheme, n, k)
     assert GEMM.size({s: t.shape for s, t in tensors.items()}, scheme) == (n, k)
     assert same(GEMM.unpack(tensors, scheme), codes)
-
-
-def test_blocks_meet_without_a_seam(monkeypatch):
-    q = torch.randint(0, 16, (64, 40), dtype=torch.uint8)
-    whole = interleave(q)
-    monkeypatch.setattr("fewbit.formats.bits.BLOCK", 600)
-    assert torch.equal(interleave(q), whole)
-    assert torch.equal(deinterleave(whole), q)
 
 
 def test_config_comes_back():

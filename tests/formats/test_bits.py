@@ -40,14 +40,6 @@ def test_padded_layout_wastes_the_top_bits(bits):
     assert torch.equal(fields.unpack_padded(words.to(torch.int32), bits, 64), q)
 
 
-def test_blocks_meet_without_a_seam(monkeypatch):
-    q = torch.randint(0, 8, (37, 70), dtype=torch.uint8)
-    whole = fields.pack(q, 3)
-    monkeypatch.setattr(fields, "BLOCK", 200)
-    assert torch.equal(fields.pack(q, 3), whole)
-    assert torch.equal(fields.unpack(whole, 3, 70), q)
-
-
 def test_views_are_packed_as_they_read():
     q = torch.randint(0, 16, (70, 40), dtype=torch.uint8)
     assert torch.equal(fields.pack(q.T, 4), fields.pack(q.T.contiguous(), 4))

@@ -1,7 +1,8 @@
 """AWQ, 4 bit: GEMM (AutoAWQ's default, read and written), GEMV and GEMVFast / llm-awq v2 (read).
 
 GEMM of a Linear with N outputs, K inputs, groups of G:
-    qweight int32 [K, N/8]     word c of row k holds columns 8c + ORDER[i] in its nibbles i = 0..7
+    qweight int32 [K, N/8]     word c of row k holds columns 8c + order[i] in its nibbles i = 0..7,
+                               order = 0 2 4 6 1 3 5 7
     qzeros  int32 [K/G, N/8]   z, interleaved alike, stored as it is
     scales  float16 [K/G, N]
 GEMV:
@@ -19,6 +20,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from .. import ops
 from ..errors import CheckpointError, UnsupportedError
 from ..scheme import FLOAT_BITS, Codes
 from . import bits as fields
@@ -35,8 +37,6 @@ from .base import (
     scheme_or_error,
 )
 
-ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # column of nibble i
-NIBBLE = (0, 4, 1, 5, 2, 6, 3, 7)  # nibble of column e
 EIGHTS = 0x88888888 - (1 << 32)  # eight fields of 8
 HALF = (torch.float16,)
 
@@ -178,31 +178,13 @@ class GemvFast(Format):
 
 
 def interleave(q: Tensor) -> Tensor:
-    """uint8 [N, K] -> int32 [N/8, K]: eight rows in one word, row ORDER[i] in nibble i."""
-    out = torch.empty(len(q) // 8, q.shape[1], dtype=torch.int32)
-    step = max(1, fields.BLOCK // max(8 * q.shape[1], 1))
-    for c in range(0, len(out), step):
-        rows = q[8 * c : 8 * (c + step)].view(-1, 8, q.shape[1])
-        word = None
-        for j in range(4):
-            pair = rows[:, ORDER[2 * j]] | (rows[:, ORDER[2 * j + 1]] << 4)
-            part = pair.to(torch.int32)
-            word = part if word is None else word.bitwise_or_(part << (8 * j))
-        out[c : c + step] = word
-    return out
+    """uint8 [N, K] -> int32 [N/8, K]: eight rows in one word, row order[i] in nibble i."""
+    return ops.pack_fields(q, 4, interleave=True)
 
 
 def deinterleave(words: Tensor) -> Tensor:
     """int32 [N/8, K] -> uint8 [N, K]: the inverse of ``interleave``."""
-    out = torch.empty(len(words), 8, words.shape[1], dtype=torch.uint8)
-    step = max(1, fields.BLOCK // max(8 * words.shape[1], 1))
-    for c in range(0, len(words), step):
-        block = words[c : c + step].contiguous()
-        for j in range(4):
-            pair = (block >> (8 * j)).to(torch.uint8)  # keeps the low byte
-            out[c : c + step, ORDER[2 * j]] = pair & 15
-            out[c : c + step, ORDER[2 * j + 1]] = pair >> 4
-    return out.view(-1, words.shape[1])
+    return ops.unpack_fields(words, 4, words.shape[1], interleave=True)
 
 
 def _width(groups: int, group_size: int) -> int:
