@@ -7,10 +7,12 @@ import warnings
 import torch
 from torch import Tensor, nn
 
+from . import linear as linears
 from .errors import CheckpointError, UnsupportedError
 from .formats import Format
-from .formats.bitsandbytes import Bnb4
+from .formats.bitsandbytes import Bnb4, LlmInt8
 from .linear import PackedLinear
+from .pseudo import PseudoInt8Linear
 from .scheme import FLOAT_BITS, Codes, Scheme
 from .shards import Shards
 from .stored import Stored
@@ -53,18 +55,32 @@ def build_linear(
     codes, extras = stored.codes(shards)
     scheme = stored.scheme
     if scheme.activation_bits < FLOAT_BITS:
-        warnings.warn(
-            f"{scheme}: activations stay float, only the weights are quantised",
-            stacklevel=2,
-        )
+        why = _keeps_float(stored, extras)
+        if why is None:
+            scale = extras.get("input_scale")
+            scale = None if scale is None else scale.float()
+            native = getattr(linears, "Int8Linear", None) if scheme.activation_bits == 8 else None
+            return (native or PseudoInt8Linear)(codes, scheme, bias, scale)
+        warnings.warn(f"{stored.name}: activations stay float: {why}", stacklevel=2)
     if "order" in extras:
         return OrderedLinear(codes, scheme, bias, extras["order"])
     return PackedLinear(codes, scheme, bias)
 
 
+def _keeps_float(stored: Stored, extras: dict[str, Tensor]) -> str | None:
+    """Why activations are not quantised although the scheme says so, or None."""
+    if isinstance(stored.format, LlmInt8):
+        return "LLM.int8() keeps outlier columns float, and this loader keeps all of them"
+    if "input_zero_point" in extras:
+        return "asymmetric static activations have no kernel"
+    return None
+
+
 def module_tensors(module: PackedLinear, format: Format, name: str) -> dict[str, Tensor]:
     """What the format stores for a module; UnsupportedError names the module that does not fit."""
     extras = {"order": module.order} if isinstance(module, OrderedLinear) else {}
+    if getattr(module, "x_scale", None) is not None:
+        extras["input_scale"] = module.x_scale
     try:
         return format.pack(module.codes(), module.scheme, **extras)
     except UnsupportedError as error:

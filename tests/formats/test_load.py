@@ -12,7 +12,10 @@ from fewbit.convert import verdicts
 from fewbit.errors import CheckpointError, UnsupportedError
 from fewbit.families import linear_names
 from fewbit.formats.bitsandbytes import LLM_INT8
+from fewbit.linear import PackedLinear
 from fewbit.modules import OrderedLinear
+from fewbit.pipeline import replace_module
+from fewbit.pseudo import PseudoInt8Linear
 from fewbit.scheme import Scheme
 from fewbit.shards import Shards, Writer
 
@@ -145,3 +148,21 @@ def test_old_names_are_ignored_and_missing_ones_are_not(shared, tmp_path):
     with pytest.raises(CheckpointError, match="lacks 'model.norm.weight'"):
         load(tmp_path / "d")
     assert {v.engine for v in verdicts(tmp_path / "a") if v.loads} >= {"vLLM", "TGI"}
+
+
+@pytest.mark.parametrize("format", ["int-quantized", "fewbit"])
+@pytest.mark.parametrize("activations", ["token", "static"])
+def test_quantised_activations_come_back(shared, tmp_path, format, activations):
+    scheme = Scheme(8, -1, True, activation_bits=8, activations=activations)
+    model = quantized(shared / "models" / "llama-tiny", scheme, torch.float32)
+    scale = torch.tensor([0.05]) if activations == "static" else None
+    for name in linear_names(model):
+        module = model.get_submodule(name)
+        replace_module(model, name, PseudoInt8Linear(module.codes(), scheme, None, scale))
+    want = model(tokens()).logits
+    save(model, tmp_path, format)
+    loaded = load(tmp_path)
+    found = loaded.get_submodule("model.layers.0.mlp.up_proj")
+    assert type(found) is not PackedLinear and found.scheme.activations == activations
+    if isinstance(found, PseudoInt8Linear):  # the integer kernel sums in another order
+        assert torch.equal(loaded(tokens()).logits, want)
