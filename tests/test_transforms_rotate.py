@@ -5,11 +5,13 @@ import copy
 import pytest
 import torch
 
+from fewbit.checkpoint import save
 from fewbit.errors import UnsupportedError, UsageError
 from fewbit.families import decoder_layers, describe
 from fewbit.linearise import linearise
 from fewbit.online import online_paths
 from fewbit.orthogonal import KINDS, rotation
+from fewbit.pipeline import quantize_
 from fewbit.scheme import Scheme
 from fewbit.transforms import LayerContext
 from fewbit.transforms.fold import FoldNorm, RMSNorm
@@ -142,6 +144,22 @@ def test_r1_r2_reload_in_plain_transformers(twin, tmp_path):
         torch.testing.assert_close(again(probe()).logits, model(probe()).logits, rtol=0, atol=0)
     with pytest.raises(UsageError, match="rotated already"):
         apply(again, Rotate())
+
+
+def test_r4_is_refused_where_its_transform_is_missing(tmp_path):
+    model = apply(tiny("llama-gqa"), Rotate(r4="random-hadamard"))
+    model.save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedError, match="r4='random-hadamard': its weights expect"):
+        describe(type(model).from_pretrained(tmp_path))
+    assert describe(model).name == "llama"
+
+
+def test_what_cannot_be_saved_says_so(tmp_path):
+    for options, message in [({"keeps_mean": False}, "is an RMSNorm"), ({"online": True}, "R4")]:
+        model = tiny("opt")
+        quantize_(model, "quarot", "w4a16g16", progress=False, **options)
+        with pytest.raises(UnsupportedError, match=message):
+            save(model, tmp_path / message)
 
 
 def test_online_transforms_are_listed():

@@ -26,6 +26,7 @@ from .pipeline import replace_module
 from .scheme import Scheme
 from .shards import Shards, Writer, same_directory
 from .stored import find
+from .transforms.fold import RMSNorm
 
 
 def transformers():
@@ -67,6 +68,12 @@ def save(
         raise UnsupportedError(
             f"{online[0]} needs an online Hadamard transform (R4), which no format that is written "
             "here can say; rotate with r4=None to save"
+        )
+    norms = [n for n, m in model.named_modules() if isinstance(m, RMSNorm)]
+    if norms:
+        raise UnsupportedError(
+            f"{norms[0]} is an RMSNorm where this architecture has a LayerNorm, so that a loaded "
+            "model would compute something else; rotate with keeps_mean=True to save"
         )
     schemes = {name: module.scheme for name, module in packed.items()}
     shapes = {name: (module.out_features, module.in_features) for name, module in packed.items()}

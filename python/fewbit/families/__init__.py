@@ -112,6 +112,12 @@ def describe(model: nn.Module) -> Family:
         if (str(getattr(config, key.rstrip("!"), None)) == value) != negated:
             found = f"{key.rstrip('!')}={getattr(config, key.rstrip('!'), None)}"
             raise UnsupportedError(f"{name} with {found} is not supported: {reason}")
+    rotation = getattr(config, "fewbit_rotation", None) or {}
+    if rotation.get("r4") and not any(hasattr(m, "online_hadamard") for m in model.modules()):
+        raise UnsupportedError(
+            f"this {name} was rotated with r4={rotation['r4']!r}: its weights expect an online "
+            "Hadamard transform that plain loading does not bring; rotate the original again"
+        )
     return _write_out(family, config) if family.experts else family
 
 
