@@ -6,8 +6,8 @@ namespace fewbit::bindings {
 
 namespace {
 
-// Tokens per pass: two panels of them stay in L1 while a row of tiles is computed.
-constexpr int64_t pass_tokens = 256;
+// Tokens per pass: G is read and written once in each, x is copied to panels in pieces of this.
+constexpr int64_t pass_tokens = 1024;
 
 }  // namespace
 
@@ -28,8 +28,9 @@ void gram(const Tensor& x, Tensor g) {
     run(GramPanels{from, mutable_data<float>(scratch), dtype, n, channels},
         grain_for(n * Gram::panel));
     run(Gram{data<float>(scratch), mutable_data<float>(g), n, channels},
-        grain_for(n * channels * Gram::panel, 1 << 20));
+        grain_for(n * Gram::panel * Gram::panel * Gram::block * Gram::block, 1 << 20));
   }
+  run(GramMirror{mutable_data<float>(g), channels}, grain_for(channels * GramMirror::block));
 }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fewbit, m) { m.def("gram(Tensor x, Tensor(a!) g) -> ()"); }

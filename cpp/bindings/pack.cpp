@@ -16,20 +16,21 @@ std::tuple<Tensor, Tensor, Tensor> pack(const Tensor& q, const Tensor& scale,
   check_shape(scale, {l.rows, l.groups()}, "scale");
   check_shape(zero_point, {l.rows, l.groups()}, "zero_point");
   const Tensor codes = dense(q), scales = dense(scale), zeros = dense(zero_point);
-  // A code past its range would spill into its neighbour.
-  const uint8_t* code = data<uint8_t>(codes);
-  uint8_t all = 0;
-  for (int64_t i = 0, n = l.rows * l.columns; i < n; ++i) all |= code[i];
-  check(all >> bits == 0, "q holds codes above ", (1 << bits) - 1, ", the largest of ", bits,
-        " bits");
-
   Tensor packed = empty({l.words()}, ScalarType::Int);
   Tensor panel_scale = empty({l.panels(), l.groups(), panel_rows}, scalar_type(scale_dtype));
   Tensor panel_zero = empty({l.panels(), l.groups(), panel_rows}, ScalarType::Byte);
-  run(Pack{code, scales.const_data_ptr(), data<uint8_t>(zeros), mutable_data<uint32_t>(packed),
+  Tensor all = empty({l.panels()}, ScalarType::Byte);
+  run(Pack{data<uint8_t>(codes), scales.const_data_ptr(), data<uint8_t>(zeros),
+           mutable_data<uint32_t>(packed),
            panel_scale.mutable_data_ptr(), mutable_data<uint8_t>(panel_zero),
+           mutable_data<uint8_t>(all),
            static_cast<int>(size_of(scale_dtype)), l},
       grain_for(l.columns * panel_rows));
+  // A code past its range has spilled into its neighbour.
+  uint8_t any = 0;
+  for (int64_t p = 0; p < l.panels(); ++p) any |= data<uint8_t>(all)[p];
+  check(any >> bits == 0, "q holds codes above ", (1 << bits) - 1, ", the largest of ", bits,
+        " bits");
   return {packed, panel_scale, panel_zero};
 }
 

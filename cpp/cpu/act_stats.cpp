@@ -15,10 +15,13 @@ static void channels(const ActStats& a, int64_t first, int64_t last) {
   }
   for (int64_t t = 0; t < a.tokens; ++t) {
     const T* x = static_cast<const T*>(a.x) + t * a.channels + first;
-    for (int64_t i = 0; i < n; ++i) {  // independent chains: vectorised by the compiler
-      const float v = abs_of(to_float(x[i]));
-      sum[i] += double(v);
-      top[i] = v <= top[i] ? top[i] : v;  // a NaN, once in, makes this false and stays
+    float v[ActStats::block];
+    int64_t i = 0;
+    for (; i + F32::width <= n; i += F32::width) abs(F32::load(x + i)).store(v + i);
+    for (; i < n; ++i) v[i] = abs_of(to_float(x[i]));
+    for (i = 0; i < n; ++i) {  // independent chains: vectorised by the compiler
+      sum[i] += double(v[i]);
+      top[i] = v[i] <= top[i] ? top[i] : v[i];  // a NaN, once in, makes this false and stays
     }
   }
   for (int64_t i = 0; i < n; ++i) {
@@ -31,7 +34,8 @@ static void channels(const ActStats& a, int64_t first, int64_t last) {
 void kernel(const ActStats& a, int64_t begin, int64_t end) {
   for (int64_t b = begin; b < end; ++b) {
     const int64_t first = b * ActStats::block;
-    const int64_t last = first + ActStats::block < a.channels ? first + ActStats::block : a.channels;
+    const int64_t end_of = first + ActStats::block;
+    const int64_t last = end_of < a.channels ? end_of : a.channels;
     with_type(a.dtype, [&](auto* t) { channels<element<decltype(t)>>(a, first, last); });
   }
 }

@@ -9,7 +9,7 @@ namespace fewbit::cpu {
 
 namespace {
 
-constexpr const char* names[isa_count] = {"scalar", "avx2", "avx512"};
+constexpr const char* names[isa_count] = {"scalar", "avx2", "avx512", "avx512vnni"};
 
 Isa initial_isa() {
   Isa wanted;
@@ -34,7 +34,7 @@ Isa best_isa() {
                     __builtin_cpu_supports("f16c");
   if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-    return Isa::avx512;
+    return __builtin_cpu_supports("avx512vnni") ? Isa::avx512vnni : Isa::avx512;
   if (avx2) return Isa::avx2;
 #endif
   return Isa::scalar;

@@ -4,34 +4,62 @@
 
 namespace fewbit::cpu::FEWBIT_ISA {
 
+template <int bits>
+static void pack_row(const uint8_t* q, const PackedLayout& l, uint32_t* out, uint32_t* all) {
+  constexpr int columns = int(unit_columns(bits)), words = int(unit_words(bits) * panel_rows);
+  for (int64_t g = 0; g < l.groups(); ++g) {
+    const int64_t n = group_length(l, g);
+    const uint8_t* from = q + group_start(l, g);
+    uint32_t* unit = out + g * l.group_units() * words;
+    int64_t k = 0;
+    for (; k + columns <= n; k += columns, unit += words) {
+      for (int i = 0; i < columns; i += 4) {
+        uint32_t quad;
+        __builtin_memcpy(&quad, from + k + i, 4);
+        *all |= quad;
+      }
+      put_unit(unit, bits, from + k);
+    }
+    if (k < n) {
+      uint8_t rest[32] = {};
+      for (int64_t i = 0; k + i < n; ++i) {
+        rest[i] = from[k + i];
+        *all |= rest[i];
+      }
+      put_unit(unit, bits, rest);
+    }
+  }
+}
+
 void kernel(const Pack& a, int64_t begin, int64_t end) {
   const PackedLayout& l = a.layout;
-  const int64_t columns = unit_columns(l.bits), words = unit_words(l.bits) * panel_rows;
   for (int64_t panel = begin; panel < end; ++panel) {
     uint32_t* out = a.packed + panel * l.panel_words();
-    __builtin_memset(out, 0, size_t(l.panel_words()) * 4);
+    uint32_t all = 0;
+    const int64_t first = panel * panel_rows;
+    if (first + panel_rows > l.rows) __builtin_memset(out, 0, size_t(l.panel_words()) * 4);
     for (int64_t r = 0; r < panel_rows; ++r) {
-      const int64_t row = panel * panel_rows + r;
-      const bool real = row < l.rows;
+      const int64_t row = first + r;
       for (int64_t g = 0; g < l.groups(); ++g) {
-        const int64_t at = (panel * l.groups() + g) * panel_rows + r;
-        a.panel_zero_point[at] = real ? a.zero_point[row * l.groups() + g] : uint8_t(0);
-        char* scale = static_cast<char*>(a.panel_scale) + at * a.scale_bytes;
-        if (real)
-          __builtin_memcpy(scale,
-                           static_cast<const char*>(a.scale) + (row * l.groups() + g) * a.scale_bytes,
-                           size_t(a.scale_bytes));
+        const int64_t to = (panel * l.groups() + g) * panel_rows + r, from = row * l.groups() + g;
+        a.panel_zero_point[to] = row < l.rows ? a.zero_point[from] : uint8_t(0);
+        if (a.scale_bytes == 4)
+          static_cast<uint32_t*>(a.panel_scale)[to] =
+              row < l.rows ? static_cast<const uint32_t*>(a.scale)[from] : 0u;
         else
-          __builtin_memset(scale, 0, size_t(a.scale_bytes));
-        if (!real) continue;
-        const int64_t start = g * l.group_size;
-        const int64_t n = start + l.group_size <= l.columns ? l.group_size : l.columns - start;
-        const uint8_t* q = a.q + row * l.columns + start;
-        uint32_t* unit = out + g * l.group_units() * words + r;
-        for (int64_t k = 0; k < n; ++k)
-          put_code(unit + k / columns * words, l.bits, int(k % columns), q[k]);
+          static_cast<uint16_t*>(a.panel_scale)[to] =
+              row < l.rows ? static_cast<const uint16_t*>(a.scale)[from] : uint16_t(0);
+      }
+      if (row >= l.rows) continue;
+      const uint8_t* q = a.q + row * l.columns;
+      switch (l.bits) {
+        case 2: pack_row<2>(q, l, out + r, &all); break;
+        case 3: pack_row<3>(q, l, out + r, &all); break;
+        case 4: pack_row<4>(q, l, out + r, &all); break;
+        case 8: pack_row<8>(q, l, out + r, &all); break;
       }
     }
+    a.all[panel] = uint8_t(all | all >> 8 | all >> 16 | all >> 24);
   }
 }
 

@@ -1,7 +1,8 @@
-// The whole SIMD vocabulary of the CPU kernels: F32 (float32 lanes) and U32 (uint32 lanes), one
-// branch per instruction set. Kernels are written once against it. Included by kernel files only,
-// which are compiled once per ISA with FEWBIT_ISA naming their namespace; nothing here may be
-// shared between ISAs, so everything lives in that namespace and no std:: inline function is used.
+// The whole SIMD vocabulary of the CPU kernels: F32, I32, U32 (32-bit lanes) and Dot (sums of byte
+// products), one branch per instruction set. Kernels are written once against it. Included by
+// kernel files only, which are compiled once per ISA with FEWBIT_ISA naming their namespace;
+// nothing here may be shared between ISAs, so everything lives in that namespace and no std::
+// inline function is used.
 #pragma once
 #include <stddef.h>
 #include <stdint.h>
@@ -14,6 +15,12 @@
 
 #define FEWBIT_INLINE static inline __attribute__((always_inline))
 #define FEWBIT_INLINE_MEMBER inline __attribute__((always_inline))
+// Before a loop over the columns of a unit: with lanes, its shifts must become constants.
+#if FEWBIT_ISA_LEVEL >= 1
+#define FEWBIT_UNROLL _Pragma("GCC unroll 32")
+#else
+#define FEWBIT_UNROLL
+#endif
 
 namespace fewbit::cpu::FEWBIT_ISA {
 
@@ -55,9 +62,12 @@ FEWBIT_INLINE float abs_of(float v) { return __builtin_fabsf(v); }
 
 // ---- float32 and uint32 lanes ------------------------------------------------------------------
 
-#if FEWBIT_ISA_LEVEL == 2  // AVX-512 F, BW, DQ, VL
+#if FEWBIT_ISA_LEVEL >= 2  // AVX-512 F, BW, DQ, VL; 3 adds VNNI
 
-struct U32 { __m512i v; };
+struct U32 {
+  __m512i v;
+  FEWBIT_INLINE_MEMBER static U32 set(uint32_t a) { return {_mm512_set1_epi32(int(a))}; }
+};
 
 struct F32 {
   static constexpr int width = 16;
@@ -109,6 +119,8 @@ FEWBIT_INLINE F32 round(F32 a) {
 FEWBIT_INLINE F32 fma(F32 a, F32 b, F32 c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 FEWBIT_INLINE F32 fnma(F32 a, F32 b, F32 c) { return {_mm512_fnmadd_ps(a.v, b.v, c.v)}; }
 FEWBIT_INLINE float lane(F32 a, int i) { float t[16]; a.store(t); return t[i]; }
+FEWBIT_INLINE float reduce_min(F32 a) { return _mm512_reduce_min_ps(a.v); }  // of no NaN
+FEWBIT_INLINE float reduce_max(F32 a) { return _mm512_reduce_max_ps(a.v); }
 // Butterflies inside a vector, on strides 1, 2, .. width / 2: lane i becomes a[i] + a[i + stride],
 // lane i + stride becomes a[i] - a[i + stride].
 FEWBIT_INLINE F32 butterflies(F32 a) {
@@ -125,6 +137,40 @@ FEWBIT_INLINE F32 butterflies(F32 a) {
 
 FEWBIT_INLINE U32 load_u32(const uint32_t* p) { return {_mm512_loadu_si512(p)}; }
 FEWBIT_INLINE U32 operator>>(U32 a, int n) { return {_mm512_srli_epi32(a.v, unsigned(n))}; }
+FEWBIT_INLINE U32 operator<<(U32 a, int n) { return {_mm512_slli_epi32(a.v, unsigned(n))}; }
+FEWBIT_INLINE U32 operator&(U32 a, U32 b) { return {_mm512_and_si512(a.v, b.v)}; }
+FEWBIT_INLINE U32 operator|(U32 a, U32 b) { return {_mm512_or_si512(a.v, b.v)}; }
+
+struct I32 {
+  __m512i v;
+  FEWBIT_INLINE_MEMBER static I32 set(int32_t a) { return {_mm512_set1_epi32(a)}; }
+  FEWBIT_INLINE_MEMBER static I32 zero() { return {_mm512_setzero_si512()}; }
+  FEWBIT_INLINE_MEMBER static I32 load(const int32_t* p) { return {_mm512_loadu_si512(p)}; }
+  FEWBIT_INLINE_MEMBER static I32 load(const uint8_t* p) {
+    return {_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p))};
+  }
+};
+FEWBIT_INLINE I32 operator+(I32 a, I32 b) { return {_mm512_add_epi32(a.v, b.v)}; }
+FEWBIT_INLINE I32 operator-(I32 a, I32 b) { return {_mm512_sub_epi32(a.v, b.v)}; }
+FEWBIT_INLINE I32 operator*(I32 a, I32 b) { return {_mm512_mullo_epi32(a.v, b.v)}; }
+FEWBIT_INLINE I32 operator<<(I32 a, int n) { return {_mm512_slli_epi32(a.v, unsigned(n))}; }
+FEWBIT_INLINE F32 to_float(I32 a) { return {_mm512_cvtepi32_ps(a.v)}; }
+
+struct Dot {
+  __m512i v;
+  FEWBIT_INLINE_MEMBER static Dot zero() { return {_mm512_setzero_si512()}; }
+};
+#if FEWBIT_ISA_LEVEL == 3
+constexpr bool wide_dot = true;
+FEWBIT_INLINE Dot dot(Dot sum, U32 q, U32 x) { return {_mm512_dpbusd_epi32(sum.v, q.v, x.v)}; }
+FEWBIT_INLINE I32 widen(Dot sum) { return {sum.v}; }
+#else
+constexpr bool wide_dot = false;
+FEWBIT_INLINE Dot dot(Dot sum, U32 q, U32 x) {
+  return {_mm512_add_epi16(sum.v, _mm512_maddubs_epi16(q.v, x.v))};
+}
+FEWBIT_INLINE I32 widen(Dot sum) { return {_mm512_madd_epi16(sum.v, _mm512_set1_epi16(1))}; }
+#endif
 // The low `bits` bits of every lane, as float. Two- and four-bit codes are looked up: the
 // instruction reads only the low 4 bits of its index, so no mask is needed.
 template <int bits>
@@ -145,7 +191,10 @@ FEWBIT_INLINE F32 low_bits(U32 a) {
 
 #elif FEWBIT_ISA_LEVEL == 1  // AVX2, FMA, F16C
 
-struct U32 { __m256i v; };
+struct U32 {
+  __m256i v;
+  FEWBIT_INLINE_MEMBER static U32 set(uint32_t a) { return {_mm256_set1_epi32(int(a))}; }
+};
 
 struct F32 {
   static constexpr int width = 8;
@@ -198,6 +247,14 @@ FEWBIT_INLINE F32 round(F32 a) {
 FEWBIT_INLINE F32 fma(F32 a, F32 b, F32 c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
 FEWBIT_INLINE F32 fnma(F32 a, F32 b, F32 c) { return {_mm256_fnmadd_ps(a.v, b.v, c.v)}; }
 FEWBIT_INLINE float lane(F32 a, int i) { float t[8]; a.store(t); return t[i]; }
+FEWBIT_INLINE float reduce_min(F32 a) {  // of no NaN
+  __m128 v = _mm_min_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
+  v = _mm_min_ps(v, _mm_movehl_ps(v, v));
+  return _mm_cvtss_f32(_mm_min_ss(v, _mm_movehdup_ps(v)));
+}
+FEWBIT_INLINE float reduce_max(F32 a) {
+  return -reduce_min({_mm256_sub_ps(_mm256_setzero_ps(), a.v)});
+}
 FEWBIT_INLINE F32 butterflies(F32 a) {
   const auto step = [&](__m256 swapped, __m256 minus) {
     a.v = _mm256_add_ps(swapped, _mm256_xor_ps(a.v, minus));
@@ -211,6 +268,36 @@ FEWBIT_INLINE F32 butterflies(F32 a) {
 
 FEWBIT_INLINE U32 load_u32(const uint32_t* p) { return {_mm256_loadu_si256((const __m256i*)p)}; }
 FEWBIT_INLINE U32 operator>>(U32 a, int n) { return {_mm256_srli_epi32(a.v, n)}; }
+FEWBIT_INLINE U32 operator<<(U32 a, int n) { return {_mm256_slli_epi32(a.v, n)}; }
+FEWBIT_INLINE U32 operator&(U32 a, U32 b) { return {_mm256_and_si256(a.v, b.v)}; }
+FEWBIT_INLINE U32 operator|(U32 a, U32 b) { return {_mm256_or_si256(a.v, b.v)}; }
+
+struct I32 {
+  __m256i v;
+  FEWBIT_INLINE_MEMBER static I32 set(int32_t a) { return {_mm256_set1_epi32(a)}; }
+  FEWBIT_INLINE_MEMBER static I32 zero() { return {_mm256_setzero_si256()}; }
+  FEWBIT_INLINE_MEMBER static I32 load(const int32_t* p) {
+    return {_mm256_loadu_si256((const __m256i*)p)};
+  }
+  FEWBIT_INLINE_MEMBER static I32 load(const uint8_t* p) {
+    return {_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p))};
+  }
+};
+FEWBIT_INLINE I32 operator+(I32 a, I32 b) { return {_mm256_add_epi32(a.v, b.v)}; }
+FEWBIT_INLINE I32 operator-(I32 a, I32 b) { return {_mm256_sub_epi32(a.v, b.v)}; }
+FEWBIT_INLINE I32 operator*(I32 a, I32 b) { return {_mm256_mullo_epi32(a.v, b.v)}; }
+FEWBIT_INLINE I32 operator<<(I32 a, int n) { return {_mm256_slli_epi32(a.v, n)}; }
+FEWBIT_INLINE F32 to_float(I32 a) { return {_mm256_cvtepi32_ps(a.v)}; }
+
+struct Dot {
+  __m256i v;
+  FEWBIT_INLINE_MEMBER static Dot zero() { return {_mm256_setzero_si256()}; }
+};
+constexpr bool wide_dot = false;
+FEWBIT_INLINE Dot dot(Dot sum, U32 q, U32 x) {
+  return {_mm256_add_epi16(sum.v, _mm256_maddubs_epi16(q.v, x.v))};
+}
+FEWBIT_INLINE I32 widen(Dot sum) { return {_mm256_madd_epi16(sum.v, _mm256_set1_epi16(1))}; }
 template <int bits>
 FEWBIT_INLINE F32 low_bits(U32 a) {
   return {_mm256_cvtepi32_ps(_mm256_and_si256(a.v, _mm256_set1_epi32((1 << bits) - 1)))};
@@ -218,7 +305,10 @@ FEWBIT_INLINE F32 low_bits(U32 a) {
 
 #else  // portable
 
-struct U32 { uint32_t v; };
+struct U32 {
+  uint32_t v;
+  FEWBIT_INLINE_MEMBER static U32 set(uint32_t a) { return {a}; }
+};
 
 struct F32 {
   static constexpr int width = 1;
@@ -246,10 +336,39 @@ FEWBIT_INLINE F32 round(F32 a) { return {round_even(a.v)}; }
 FEWBIT_INLINE F32 fma(F32 a, F32 b, F32 c) { return {__builtin_fmaf(a.v, b.v, c.v)}; }
 FEWBIT_INLINE F32 fnma(F32 a, F32 b, F32 c) { return {__builtin_fmaf(-a.v, b.v, c.v)}; }
 FEWBIT_INLINE float lane(F32 a, int) { return a.v; }
+FEWBIT_INLINE float reduce_min(F32 a) { return a.v; }
+FEWBIT_INLINE float reduce_max(F32 a) { return a.v; }
 FEWBIT_INLINE F32 butterflies(F32 a) { return a; }
 
 FEWBIT_INLINE U32 load_u32(const uint32_t* p) { return {*p}; }
 FEWBIT_INLINE U32 operator>>(U32 a, int n) { return {a.v >> n}; }
+FEWBIT_INLINE U32 operator<<(U32 a, int n) { return {a.v << n}; }
+FEWBIT_INLINE U32 operator&(U32 a, U32 b) { return {a.v & b.v}; }
+FEWBIT_INLINE U32 operator|(U32 a, U32 b) { return {a.v | b.v}; }
+
+struct I32 {
+  int32_t v;
+  FEWBIT_INLINE_MEMBER static I32 set(int32_t a) { return {a}; }
+  FEWBIT_INLINE_MEMBER static I32 zero() { return {0}; }
+  FEWBIT_INLINE_MEMBER static I32 load(const int32_t* p) { return {*p}; }
+  FEWBIT_INLINE_MEMBER static I32 load(const uint8_t* p) { return {int32_t(*p)}; }
+};
+FEWBIT_INLINE I32 operator+(I32 a, I32 b) { return {a.v + b.v}; }
+FEWBIT_INLINE I32 operator-(I32 a, I32 b) { return {a.v - b.v}; }
+FEWBIT_INLINE I32 operator*(I32 a, I32 b) { return {a.v * b.v}; }
+FEWBIT_INLINE I32 operator<<(I32 a, int n) { return {a.v * (1 << n)}; }
+FEWBIT_INLINE F32 to_float(I32 a) { return {float(a.v)}; }
+
+struct Dot {
+  int32_t v;
+  FEWBIT_INLINE_MEMBER static Dot zero() { return {0}; }
+};
+constexpr bool wide_dot = true;
+FEWBIT_INLINE Dot dot(Dot sum, U32 q, U32 x) {
+  for (int i = 0; i < 4; ++i) sum.v += int32_t(q.v >> 8 * i & 255u) * int8_t(x.v >> 8 * i);
+  return sum;
+}
+FEWBIT_INLINE I32 widen(Dot sum) { return {sum.v}; }
 template <int bits>
 FEWBIT_INLINE F32 low_bits(U32 a) { return {float(a.v & ((1u << bits) - 1u))}; }
 
@@ -257,16 +376,11 @@ FEWBIT_INLINE F32 low_bits(U32 a) { return {float(a.v & ((1u << bits) - 1u))}; }
 
 // ---- built from the above ----------------------------------------------------------------------
 
-FEWBIT_INLINE float reduce_min(F32 a) {
-  float r = lane(a, 0);
-  for (int i = 1; i < F32::width; ++i) r = lane(a, i) < r ? lane(a, i) : r;
-  return r;
-}
-FEWBIT_INLINE float reduce_max(F32 a) {
-  float r = lane(a, 0);
-  for (int i = 1; i < F32::width; ++i) r = lane(a, i) > r ? lane(a, i) : r;
-  return r;
-}
+// Dot is a running sum of products of bytes: dot(sum, q, x) adds the four products of unsigned q
+// and signed x of every 32-bit lane, widen() gives the lanes' sums. Where the sum is kept in 16
+// bits (wide_dot is false) it is exact for `dot_steps` additions while q |x| <= 255 * 8, that is
+// |sum of a 16-bit half| <= 8 * 2 * 255 * 8 < 2^15.
+constexpr int dot_steps = 8;
 
 // element<T*> is T: the type behind the tag that with_type passes.
 template <class T> struct Pointee;

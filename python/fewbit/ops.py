@@ -19,13 +19,17 @@ __all__ = [
     "gptq",
     "gram",
     "hadamard",
+    "int8_mixed_linear",
+    "norm_quantize",
     "pack",
     "pack_fields",
     "pseudo_quantize",
     "quantize",
+    "quantize_per_token",
     "unpack",
     "unpack_fields",
     "w4a16_linear",
+    "w8a8_linear",
 ]
 
 _library = torch.library.Library("fewbit", "IMPL")
@@ -338,6 +342,144 @@ def unpack_fields(words: Tensor, bits: int, columns: int, interleave: bool = Fal
 def _(words, bits, columns, interleave=False):
     rows = words.shape[0] * (8 if interleave else 1)
     return words.new_empty((rows, columns), dtype=torch.uint8)
+
+
+def quantize_per_token(
+    x: Tensor,
+    symmetric: bool = True,
+    x_scale: Tensor | None = None,
+    x_zero_point: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """int8 codes of activations ``x`` [tokens, channels], one scale per token.
+
+    Returns ``q`` int8 [tokens, channels], ``scale`` float32 [tokens] and ``zero_point`` int32
+    [tokens], x = (q - zero_point) * scale. ``x_scale`` float32 [1] (and ``x_zero_point`` int32 [1]
+    with ``symmetric=False``) makes the grid static. A row that is not finite has scale NaN.
+    Equation: cpp/include/fewbit/quantize_per_token.h.
+    """
+    return torch.ops.fewbit.quantize_per_token(x, symmetric, x_scale, x_zero_point)
+
+
+def _fake_tokens(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        x.new_empty(x.shape, dtype=torch.int8),
+        x.new_empty((x.shape[0],), dtype=torch.float32),
+        x.new_empty((x.shape[0],), dtype=torch.int32),
+    )
+
+
+@torch.library.register_fake("fewbit::quantize_per_token")
+def _(x, symmetric, x_scale, x_zero_point):
+    return _fake_tokens(x)
+
+
+def norm_quantize(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    eps: float = 1e-6,
+    rms: bool = True,
+    symmetric: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``quantize_per_token`` of the RMSNorm (or LayerNorm, ``rms=False``) of ``x``, in one pass.
+
+    ``weight`` and ``bias`` [channels]; an RMSNorm has no bias. The norm is computed in float32 and
+    not rounded to the type of x in between. Equation: cpp/include/fewbit/norm_quantize.h.
+    """
+    return torch.ops.fewbit.norm_quantize(x, weight, bias, eps, rms, symmetric)
+
+
+@torch.library.register_fake("fewbit::norm_quantize")
+def _(x, weight, bias, eps, rms, symmetric):
+    return _fake_tokens(x)
+
+
+def w8a8_linear(
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    bias: Tensor | None,
+    out_features: int,
+    bits: int = 8,
+    group_size: int = -1,
+    symmetric: bool = True,
+    x_scale: Tensor | None = None,
+    x_zero_point: Tensor | None = None,
+    code_sum: Tensor | None = None,
+) -> Tensor:
+    """int8 activations times packed weights of 2, 3, 4 or 8 bits: [tokens, out_features].
+
+    ``x`` [tokens, in_features] is float (quantised here as ``quantize_per_token`` does, with the
+    same arguments; the result has its type) or int8 codes with ``x_scale`` float32 and, when
+    ``symmetric`` is False, ``x_zero_point`` int32, both [tokens] (float32 result). Sums over a
+    group are exact integers. ``symmetric=False`` needs ``code_sum`` (see ``code_sums``).
+    """
+    return torch.ops.fewbit.w8a8_linear(
+        x, packed, scale, zero_point, bias, out_features, bits, group_size,
+        symmetric, x_scale, x_zero_point, code_sum,
+    )  # fmt: skip
+
+
+@torch.library.register_fake("fewbit::w8a8_linear")
+def _(
+    x, packed, scale, zero_point, bias, out_features, bits, group_size,
+    symmetric, x_scale, x_zero_point, code_sum,
+):  # fmt: skip
+    dtype = torch.float32 if x.dtype == torch.int8 else x.dtype
+    return x.new_empty((x.shape[0], out_features), dtype=dtype)
+
+
+def code_sums(q: Tensor, zero_point: Tensor, group_size: int = -1) -> Tensor:
+    """Sum of q - zero_point per row and group, int32 [panels, groups, 16], from canonical codes.
+
+    What activations with a zero point need beside the packed weight; computed once per weight.
+    """
+    return reference.code_sums(q, zero_point, group_size)
+
+
+def int8_mixed_linear(
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    bias: Tensor | None,
+    out_features: int,
+    group_size: int = -1,
+    threshold: float = 6.0,
+    outliers: Tensor | None = None,
+    kept: Tensor | None = None,
+    kept_weight: Tensor | None = None,
+) -> Tensor:
+    """LLM.int8() (arXiv 2208.07339): ``w8a8_linear`` with outlier columns of x in float.
+
+    Columns with some |x| >= ``threshold`` (or those of ``outliers``, int64 [n], which makes the
+    result of a row independent of its batch) meet float weights: the rows of ``kept_weight``
+    float32 [len(kept), out_features] for the columns ``kept`` int64, else the dequantised int8
+    column. Kept columns lose nothing to weight rounding; int8 ones need no memory.
+    """
+    return torch.ops.fewbit.int8_mixed_linear(
+        x, packed, scale, zero_point, bias, out_features, group_size,
+        threshold, outliers, kept, kept_weight,
+    )  # fmt: skip
+
+
+@torch.library.register_fake("fewbit::int8_mixed_linear")
+def _(
+    x, packed, scale, zero_point, bias, out_features, group_size,
+    threshold, outliers, kept, kept_weight,
+):  # fmt: skip
+    return x.new_empty((x.shape[0], out_features))
+
+
+def int8_outliers(x: Tensor, threshold: float = 6.0) -> tuple[Tensor, Tensor]:
+    """Which columns of ``x`` [tokens, channels] are outliers, and why.
+
+    Returns the columns (int64, ascending) and the largest |x| of each (float32).
+    """
+    top = x.float().abs().amax(0) if x.shape[0] else x.new_zeros(x.shape[1], dtype=torch.float32)
+    columns = (~(top < threshold)).nonzero().flatten()
+    return columns, top[columns]
 
 
 def _count_groups(columns: int, group_size: int) -> int:

@@ -363,3 +363,135 @@ def unpack_fields(words: Tensor, bits: int, columns: int, interleave: bool = Fal
         return rows.flatten(0, 1).to(torch.uint8)
     stream = stream.flatten(1)[:, : columns * bits].reshape(len(words), columns, bits)
     return (stream << width).sum(-1).to(torch.uint8)
+
+
+# ---- int8 activations ----------------------------------------------------------------------------
+
+
+def quantize_per_token(
+    x: Tensor,
+    symmetric: bool,
+    x_scale: Tensor | None,
+    x_zero_point: Tensor | None,
+    skip: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q = clamp(round(x / s) + z); equation in fewbit/quantize_per_token.h."""
+    x = x.float()
+    if skip is not None:
+        x = x * (~skip)
+    lo = x.amin(1).clamp(max=0.0) if x.shape[1] else x.new_zeros(x.shape[0])
+    hi = x.amax(1).clamp(min=0.0) if x.shape[1] else x.new_zeros(x.shape[0])
+    top, finite = torch.maximum(-lo, hi), x.isfinite().all(1)
+    if x_scale is not None:
+        s = x_scale.float().reshape(1).expand(x.shape[0])
+        z = s.new_zeros(x.shape[0])
+        if x_zero_point is not None:
+            z = z + x_zero_point.float()
+    else:
+        span = hi - lo
+        wide = torch.where(span <= torch.finfo(torch.float32).max, span / 255, hi / 255 - lo / 255)
+        s = (top / 127 if symmetric else wide).clamp(min=torch.finfo(torch.float32).tiny)
+        s = torch.where(top > 0, s, torch.ones_like(s))
+        z = torch.zeros_like(s) if symmetric else (-128 - lo / s).round().clamp(-128, 127)
+    s = torch.where(finite, s, torch.full_like(s, torch.nan))
+    z = torch.where(finite, z, torch.zeros_like(z))
+    least = -127.0 if symmetric else -128.0
+    q = ((x / s[:, None]).round() + z[:, None]).nan_to_num(nan=least).clamp(least, 127)
+    return q.to(torch.int8), s.contiguous(), z.to(torch.int32)
+
+
+def norm_quantize(
+    x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, rms: bool, symmetric: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The norm in float32, then quantize_per_token."""
+    x = x.float()
+    if not rms:
+        x = x - x.mean(1, keepdim=True)
+    y = x * torch.rsqrt(x.square().mean(1, keepdim=True) + eps) * weight.float()
+    return quantize_per_token(y if bias is None else y + bias.float(), symmetric, None, None)
+
+
+def code_sums(q: Tensor, zero_point: Tensor, group_size: int) -> Tensor:
+    """Sum of q - z per row and group, in panel order."""
+    rows, columns = q.shape
+    group = resolve_group(group_size, columns)
+    total = _groups(q.float(), group).double().sum(-1)
+    counts = torch.full((zero_point.shape[1],), group, device=q.device)
+    if len(counts):
+        counts[-1] = columns - (len(counts) - 1) * group
+    total = (total - counts * zero_point.double()).to(torch.int32)
+    panels = -(-rows // _PANEL)
+    total = F.pad(total, (0, 0, 0, panels * _PANEL - rows))
+    return total.reshape(panels, _PANEL, len(counts)).transpose(1, 2).contiguous()
+
+
+def _token_product(
+    q: Tensor, s: Tensor, z: Tensor | None, weight: tuple, sizes: tuple, add: Tensor | None
+) -> Tensor:
+    """Sums per group exact (float64 of integers), scaled in float32."""
+    out_features, bits, group_size = sizes
+    codes, scale, zero = unpack(*weight, out_features, q.shape[1], bits, group_size)
+    group = resolve_group(group_size, q.shape[1])
+    a = q.double() if z is None else q.double() - z.double()[:, None]
+    a = _groups(a, group)
+    centred = _groups(codes.double(), group) - zero.double()[..., None]
+    sums = torch.einsum("mgk,ngk->mng", a, centred).float()
+    out = (sums * scale.float()).sum(-1) * s[:, None]
+    return out if add is None else out + add
+
+
+def w8a8_linear(
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    bias: Tensor | None,
+    out_features: int,
+    bits: int,
+    group_size: int,
+    symmetric: bool,
+    x_scale: Tensor | None,
+    x_zero_point: Tensor | None,
+    code_sum: Tensor | None,
+) -> Tensor:
+    """Quantise x if it is float, multiply exactly, scale."""
+    dtype = torch.float32 if x.dtype == torch.int8 else x.dtype
+    if x.dtype == torch.int8:
+        q, s, z = x, x_scale, x_zero_point
+    else:
+        q, s, z = quantize_per_token(x, symmetric, x_scale, x_zero_point)
+    weight, sizes = (packed, scale, zero_point), (out_features, bits, group_size)
+    out = _token_product(q, s, None if symmetric else z, weight, sizes, None)
+    return (out if bias is None else out + bias.float()).to(dtype)
+
+
+def int8_mixed_linear(
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    bias: Tensor | None,
+    out_features: int,
+    group_size: int,
+    threshold: float,
+    outliers: Tensor | None,
+    kept: Tensor | None,
+    kept_weight: Tensor | None,
+) -> Tensor:
+    """int8 for most columns, float for the outliers; equation in fewbit/int8_mixed_linear.h."""
+    columns = x.shape[1]
+    flag = torch.zeros(columns, dtype=torch.bool, device=x.device)
+    if outliers is not None:
+        flag[outliers] = True
+    elif x.shape[0]:
+        flag = ~(x.float().abs().amax(0) < threshold)
+    codes, s, z = unpack(packed, scale, zero_point, out_features, columns, 8, group_size)
+    w = dequantize(codes, s, z, group_size, "float32")
+    if kept is not None:
+        w[:, kept] = kept_weight.T
+    index = flag.nonzero().flatten()
+    product = x.float()[:, index] @ w[:, index].T
+    q, x_scale, _ = quantize_per_token(x, True, None, None, flag)
+    weight, sizes = (packed, scale, zero_point), (out_features, 8, group_size)
+    out = _token_product(q, x_scale, None, weight, sizes, product)
+    return (out if bias is None else out + bias.float()).to(x.dtype)

@@ -23,15 +23,27 @@ FEWBIT_KERNEL(GramPanels)
 
 struct Gram {
   const float* x;    // [panels, tokens, 16]: channel panels, padded with 0 (see GramPanels)
-  float* g;          // [channels, channels]
+  float* g;          // [channels, channels]; entries on and above the diagonal are updated
   int64_t tokens;
   int64_t channels;
 
   static constexpr int64_t panel = 16;
+  static constexpr int64_t block = 8;  // panels per side of a task's square of G
   FEWBIT_ALWAYS_INLINE int64_t panels() const { return (channels + panel - 1) / panel; }
-  FEWBIT_ALWAYS_INLINE int64_t tasks() const { return panels(); }  // one row of tiles each
+  FEWBIT_ALWAYS_INLINE int64_t blocks() const { return (panels() + block - 1) / block; }
+  FEWBIT_ALWAYS_INLINE int64_t tasks() const { return blocks() * (blocks() + 1) / 2; }
 };
 
 FEWBIT_KERNEL(Gram)
+
+struct GramMirror {
+  float* g;          // [channels, channels]: entries below the diagonal are written
+  int64_t channels;
+
+  static constexpr int64_t block = 32;  // rows per task
+  FEWBIT_ALWAYS_INLINE int64_t tasks() const { return (channels + block - 1) / block; }
+};
+
+FEWBIT_KERNEL(GramMirror)
 
 }  // namespace fewbit

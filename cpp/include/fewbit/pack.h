@@ -12,7 +12,8 @@ struct Pack {
   uint32_t* packed;           // [panels, units, unit_words, 16]
   void* panel_scale;          // [panels, groups, 16], elements as scale
   uint8_t* panel_zero_point;  // [panels, groups, 16]
-  int scale_bytes;
+  uint8_t* all;               // [panels]: the panel's codes ored together, to find one out of range
+  int scale_bytes;            // 2 or 4
   PackedLayout layout;
 
   FEWBIT_ALWAYS_INLINE int64_t tasks() const { return layout.panels(); }

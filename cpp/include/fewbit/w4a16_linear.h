@@ -1,12 +1,15 @@
 // out[m, n] = sum_k x[m, k] (q[n, k] - z[n, g]) s[n, g] + bias[n], g = group of k.
 //
 // Packed weights of 2, 3, 4 or 8 bits (layout.h) times float activations, float32 accumulation.
-// Two regimes. Few rows (m <= direct_rows): codes are decoded in registers, and scale and zero
-// point are applied once per group: s (sum q x - z sum x). More rows: a tile of weights is decoded
-// to float once into cache-resident scratch and multiplied by every block of rows.
+// Three regimes:
+//   m <= fixed_rows   x in 24-bit fixed point per group, byte products (w8a8_linear.h)
+//   m <= direct_rows  codes decoded to float in registers; scale and zero point are applied once
+//                     per group: s (sum q x - z sum x)
+//   more rows         a tile of weights is decoded once to (q - z) s in cache-resident scratch and
+//                     multiplied by every block of rows
 //
-// The activations come prepared (W4A16Prepare): float32, groups padded as in layout.h, rows in
-// blocks of `block_rows` interleaved as [block][column][row].
+// For the float regimes activations come prepared (W4A16Prepare): float32, groups padded as in
+// layout.h, rows in blocks of `block_rows` interleaved as [block][column][row].
 #pragma once
 #include "fewbit/dtype.h"
 #include "fewbit/kernel.h"
@@ -14,8 +17,14 @@
 
 namespace fewbit {
 
-constexpr int64_t direct_rows = 4;     // most rows that take the in-register path
-constexpr int64_t max_block_rows = 12; // rows of one micro-kernel step
+constexpr int64_t direct_rows = 24;  // most rows that take the in-register path
+
+// Rows of one block: what the micro-kernels are compiled for, least padding first.
+FEWBIT_ALWAYS_INLINE int64_t float_block_rows(int64_t m) {
+  if (m <= direct_rows) return m <= 4 ? 4 : m <= 8 ? 8 : m <= 12 ? 12 : m <= 16 ? 16 : 24;
+  const int64_t least = ceil_div(m, ceil_div(m, 14));
+  return least <= 8 ? 8 : least <= 10 ? 10 : least <= 12 ? 12 : 14;
+}
 
 struct W4A16Prepare {
   const void* x;         // [m, columns] of dtype
@@ -39,7 +48,7 @@ struct W4A16Linear {
   const void* scale;          // [panels, groups, 16] of scale_dtype
   const uint8_t* zero_point;  // [panels, groups, 16]
   const float* bias;          // [rows]; or null
-  float* sums;                // [panels, m, 16] scratch; null when m <= direct_rows
+  float* sums;                // [panels, blocks * block_rows, 16] scratch; null when direct
   void* out;                  // [m, rows] of dtype
   DType dtype;
   DType scale_dtype;

@@ -1,0 +1,43 @@
+#include "fewbit/norm_quantize.h"
+
+#include "common.h"
+
+namespace fewbit::bindings {
+
+std::tuple<Tensor, Tensor, Tensor> norm_quantize(const Tensor& x, const Tensor& weight,
+                                                 std::optional<Tensor> bias, double eps, bool rms,
+                                                 bool symmetric) {
+  check_matrix(x, "x", "[tokens, channels]");
+  const int64_t m = x.size(0), columns = x.size(1);
+  const DType dtype = dtype_of(x, "x");
+  check_shape(weight, {columns}, "weight");
+  dtype_of(weight, "weight");
+  check(!(rms && bias), "an RMSNorm has no bias");
+  if (bias) {
+    check_shape(*bias, {columns}, "bias");
+    dtype_of(*bias, "bias");
+  }
+  const Tensor in = dense(x);
+  const Tensor weight32 = dense(torch::stable::to(weight, ScalarType::Float));
+  Tensor bias32;
+  if (bias) bias32 = dense(torch::stable::to(*bias, ScalarType::Float));
+  Tensor y = empty({m, columns}, ScalarType::Float);
+  Tensor q = empty({m, columns}, ScalarType::Char);
+  Tensor scale = empty({m}, ScalarType::Float), zero_point = empty({m}, ScalarType::Int);
+  run(NormQuantize{in.const_data_ptr(), data<float>(weight32),
+                   bias ? data<float>(bias32) : nullptr, mutable_data<float>(y),
+                   mutable_data<int8_t>(q), mutable_data<float>(scale),
+                   mutable_data<int32_t>(zero_point), float(eps), dtype, rms, symmetric, m,
+                   columns},
+      grain_for(columns));
+  return {q, scale, zero_point};
+}
+
+STABLE_TORCH_LIBRARY_FRAGMENT(fewbit, m) {
+  m.def(
+      "norm_quantize(Tensor x, Tensor weight, Tensor? bias, float eps, bool rms, bool symmetric)"
+      " -> (Tensor q, Tensor scale, Tensor zero_point)");
+}
+STABLE_TORCH_LIBRARY_IMPL(fewbit, CPU, m) { m.impl("norm_quantize", TORCH_BOX(&norm_quantize)); }
+
+}  // namespace fewbit::bindings

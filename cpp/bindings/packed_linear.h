@@ -1,0 +1,72 @@
+// What the bindings of the packed matrix products share.
+#pragma once
+#include "fewbit/w8a8_linear.h"
+#include "packed_args.h"
+
+namespace fewbit::bindings {
+
+struct Weight {
+  Tensor words, scale, zero_point, bias;  // dense; bias float32, or undefined
+  DType scale_dtype;
+  PackedLayout layout;
+
+  const float* bias_data() const { return bias.defined() ? data<float>(bias) : nullptr; }
+};
+
+inline Weight make_weight(const Tensor& packed, const Tensor& scale, const Tensor& zero_point,
+                          const std::optional<Tensor>& bias, const PackedLayout& l) {
+  check_packed(packed, scale, zero_point, l);
+  Weight w{dense(packed), dense(scale), dense(zero_point), Tensor(), dtype_of(scale, "scale"), l};
+  if (bias) {
+    check_shape(*bias, {l.rows}, "bias");
+    if (dtype_of(*bias, "bias") == DType::f32) w.bias = dense(*bias);
+    else w.bias = dense(torch::stable::to(*bias, ScalarType::Float));
+  }
+  return w;
+}
+
+// Panels per task: `wanted`, less for narrow weights so that every thread has work.
+inline int64_t strip_of(const PackedLayout& l, int64_t wanted) {
+  const int64_t threads = int64_t(torch::stable::get_num_threads());
+  while (wanted > 1 && ceil_div(l.panels(), wanted) < 4 * threads) wanted /= 2;
+  return wanted;
+}
+
+// What differs between float activations and codes.
+struct Activations {
+  const void* x;              // [m, columns]
+  bool codes;
+  DType dtype;                // of float x
+  int64_t m;
+  const float* scale;         // [m] for codes
+  const int32_t* zero;        // [m] or null
+  const int32_t* code_sum;    // with zero
+};
+
+// Sums of products of codes must fit 31 bits; a zero point on both sides doubles their range.
+inline void check_exact(const PackedLayout& l, bool symmetric) {
+  const int64_t most = symmetric ? max_columns : max_columns / 2;
+  check(l.group_size <= most, "groups of int8 products hold at most ", most, " columns, got ",
+        l.group_size);
+}
+
+// `add` [m, panels * 16] float32, or null, is added to the product.
+inline void run_integer(const Activations& x, const Weight& w, const float* add, void* out,
+                        DType dtype) {
+  const PackedLayout& l = w.layout;
+  const int64_t rows = integer_rows(x.m), blocks = ceil_div(x.m, rows);
+  const int64_t digits = x.codes ? 2 : max_digits;
+  Tensor words = empty({blocks * rows * (l.padded_columns() / 4) * digits}, ScalarType::Int);
+  Tensor sums = empty({2, x.m, l.groups()}, ScalarType::Float);
+  float* scale = mutable_data<float>(sums);
+  void* sum = scale + x.m * l.groups();
+  run(Digits{x.x, mutable_data<uint32_t>(words), scale, sum, x.codes, x.dtype, x.m, rows, l},
+      grain_for(l.columns));
+  run(W8A8Linear{data<uint32_t>(words), x.codes ? x.scale : scale, sum, x.zero, x.code_sum,
+                 x.codes, data<uint32_t>(w.words), w.scale.const_data_ptr(),
+                 data<uint8_t>(w.zero_point), w.bias_data(), add, out, dtype, w.scale_dtype, x.m, rows,
+                 strip_of(l, 4), l},
+      grain_for(x.m * l.columns * panel_rows * 4, 1 << 17));
+}
+
+}  // namespace fewbit::bindings

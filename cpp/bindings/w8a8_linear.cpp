@@ -1,0 +1,60 @@
+#include "fewbit/w8a8_linear.h"
+
+#include "common.h"
+#include "packed_linear.h"
+#include "per_token_args.h"
+
+namespace fewbit::bindings {
+
+Tensor w8a8_linear(const Tensor& x, const Tensor& packed, const Tensor& scale,
+                   const Tensor& zero_point, std::optional<Tensor> bias, int64_t out_features,
+                   int64_t bits, int64_t group_size, bool symmetric, std::optional<Tensor> x_scale,
+                   std::optional<Tensor> x_zero_point, std::optional<Tensor> code_sum) {
+  check_matrix(x, "x", "[tokens, in_features]");
+  const int64_t m = x.size(0), columns = x.size(1);
+  const PackedLayout l = make_layout(out_features, columns, bits, group_size);
+  const Weight w = make_weight(packed, scale, zero_point, bias, l);
+  check_exact(l, symmetric);
+  check(symmetric || code_sum, "symmetric=False needs code_sum: the sums of centred codes");
+  if (code_sum) {
+    check_dtype(*code_sum, ScalarType::Int, "code_sum");
+    check_shape(*code_sum, {l.panels(), l.groups(), panel_rows}, "code_sum");
+  }
+  const bool codes = x.scalar_type() == ScalarType::Char;
+  Tokens t;
+  if (codes) {
+    check(bool(x_scale), "x of int8 codes needs x_scale, one per token");
+    check_dtype(*x_scale, ScalarType::Float, "x_scale");
+    check_shape(*x_scale, {m}, "x_scale");
+    check(symmetric || bool(x_zero_point),
+          "x of int8 codes with symmetric=False needs x_zero_point, one per token");
+    t = {dense(x), dense(*x_scale), Tensor()};
+    if (!symmetric) {
+      check_dtype(*x_zero_point, ScalarType::Int, "x_zero_point");
+      check_shape(*x_zero_point, {m}, "x_zero_point");
+      t.zero_point = dense(*x_zero_point);
+    }
+  } else {
+    t = quantize_tokens(x, symmetric, x_scale, x_zero_point, nullptr);
+  }
+  const DType dtype = codes ? DType::f32 : dtype_of(x, "x");
+  Tensor out = empty({m, l.rows}, scalar_type(dtype));
+  if (m == 0 || l.rows == 0) return out;
+  Tensor sums;
+  if (!symmetric) sums = dense(*code_sum);
+  run_integer({t.q.const_data_ptr(), true, DType::f32, m, data<float>(t.scale),
+               symmetric ? nullptr : data<int32_t>(t.zero_point),
+               symmetric ? nullptr : data<int32_t>(sums)},
+              w, nullptr, out.mutable_data_ptr(), dtype);
+  return out;
+}
+
+STABLE_TORCH_LIBRARY_FRAGMENT(fewbit, m) {
+  m.def(
+      "w8a8_linear(Tensor x, Tensor packed, Tensor scale, Tensor zero_point, Tensor? bias,"
+      " int out_features, int bits, int group_size, bool symmetric, Tensor? x_scale,"
+      " Tensor? x_zero_point, Tensor? code_sum) -> Tensor");
+}
+STABLE_TORCH_LIBRARY_IMPL(fewbit, CPU, m) { m.impl("w8a8_linear", TORCH_BOX(&w8a8_linear)); }
+
+}  // namespace fewbit::bindings

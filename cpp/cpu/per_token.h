@@ -1,0 +1,76 @@
+// One row of activations to int8; equation in fewbit/quantize_per_token.h.
+#pragma once
+#include "simd.h"
+
+namespace fewbit::cpu::FEWBIT_ISA {
+
+struct TokenStep {
+  float s;
+  float z;  // a whole number
+};
+
+FEWBIT_INLINE TokenStep token_step(float lo, float hi, bool finite, bool symmetric) {
+  const float top = -lo > hi ? -lo : hi;
+  if (!finite) return {__builtin_nanf(""), 0.0f};
+  if (!(top > 0.0f)) return {1.0f, symmetric ? 0.0f : -128.0f};
+  float s;
+  if (symmetric) {
+    s = top / 127.0f;
+  } else {
+    const float range = hi - lo;
+    s = range <= 3.4028235e38f ? range / 255.0f : hi / 255.0f - lo / 255.0f;
+  }
+  s = s < 0x1p-126f ? 0x1p-126f : s;  // the least normal number: division by s stays finite
+  if (symmetric) return {s, 0.0f};
+  const float z = round_even(-128.0f - lo / s);
+  return {s, z < -128.0f ? -128.0f : z < 127.0f ? z : 127.0f};
+}
+
+// Range of a row that always holds 0; `finite` is false where it holds a NaN or an infinity.
+template <class T>
+FEWBIT_INLINE TokenStep fit_token(const T* x, const uint8_t* skip, int64_t n, bool symmetric) {
+  F32 lo = F32::zero(), hi = lo, poison = lo;
+  int64_t i = 0;
+  for (; i + F32::width <= n; i += F32::width) {
+    F32 v = F32::load(x + i);
+    // Codes 0 or 1 as a factor: marked columns leave the range alone, unless not finite.
+    if (skip) v = v * (F32::set(1.0f) - F32::load(skip + i));
+    lo = min(v, lo);
+    hi = max(v, hi);
+    poison = fma(v, F32::zero(), poison);
+  }
+  float low = reduce_min(lo), high = reduce_max(hi), bad = 0.0f;
+  for (int j = 0; j < F32::width; ++j) bad += lane(poison, j);
+  for (; i < n; ++i) {
+    const float v = skip && skip[i] ? to_float(x[i]) * 0.0f : to_float(x[i]);
+    low = v < low ? v : low;
+    high = v > high ? v : high;
+    bad += v * 0.0f;
+  }
+  return token_step(low, high, bad == 0.0f, symmetric);
+}
+
+template <class T>
+FEWBIT_INLINE void quantize_token(const T* x, const uint8_t* skip, int64_t n, TokenStep step,
+                                  bool symmetric, int8_t* q) {
+  const float least = symmetric ? -127.0f : -128.0f;
+  const F32 s = F32::set(step.s), z = F32::set(step.z);
+  const F32 low = F32::set(least), high = F32::set(127.0f);
+  int64_t i = 0;
+  for (; i + F32::width <= n; i += F32::width) {
+    F32 v = F32::load(x + i);
+    if (skip) v = v * (F32::set(1.0f) - F32::load(skip + i));
+    // Stored as code + 128, then the top bit is flipped: the vocabulary stores unsigned bytes.
+    const F32 code = min(max(round(v / s) + z, low), high) + F32::set(128.0f);
+    code.store(reinterpret_cast<uint8_t*>(q) + i);
+  }
+  for (int64_t j = 0; j < i; ++j) q[j] = int8_t(uint8_t(q[j]) ^ 0x80u);
+  for (; i < n; ++i) {
+    const float v = skip && skip[i] ? to_float(x[i]) * 0.0f : to_float(x[i]);
+    float code = round_even(v / step.s) + step.z;
+    code = code > least ? code : least;
+    q[i] = int8_t(code < 127.0f ? code : 127.0f);
+  }
+}
+
+}  // namespace fewbit::cpu::FEWBIT_ISA
