@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from . import ops
+from .errors import UsageError
 from .scheme import Codes, Scheme
 
 PACKABLE_BITS = (2, 3, 4, 8)
@@ -91,3 +93,120 @@ class PackedLinear(nn.Module):
     def extra_repr(self) -> str:
         bias = self.bias is not None
         return f"{self.in_features}, {self.out_features}, bias={bias}, scheme={self.scheme}"
+
+
+class Int8Linear(PackedLinear):
+    """PackedLinear with int8 activations: W8A8, or W4A8 with 4-bit codes; integer sums are exact.
+
+    ``scheme.activations`` says how activations are scaled: "token" (one dynamic scale a row),
+    "tensor" (one dynamic scale a call) or "static" (``x_scale`` [1] float32, with
+    ``x_zero_point`` [1] int32 for an asymmetric grid). ``symmetric=False`` gives dynamic
+    per-token activations a zero point of their own.
+    """
+
+    def __init__(
+        self,
+        codes: Codes,
+        scheme: Scheme,
+        bias: Tensor | None = None,
+        x_scale: Tensor | None = None,
+        x_zero_point: Tensor | None = None,
+        symmetric: bool = True,
+    ) -> None:
+        super().__init__(codes, scheme, bias)
+        if scheme.activation_bits != 8:
+            raise UsageError(f"Int8Linear needs activation_bits 8, got {scheme.activation_bits}")
+        if (scheme.activations == "static") != (x_scale is not None):
+            raise UsageError(
+                'x_scale belongs to activations="static" and is needed there, '
+                f"got {scheme.activations!r} {'with' if x_scale is not None else 'without'} x_scale"
+            )
+        self.symmetric = symmetric and x_zero_point is None
+        if scheme.activations == "tensor" and not self.symmetric:
+            raise UsageError('activations="tensor" has a symmetric grid only')
+        sums = None
+        if not self.symmetric:
+            sums = ops.code_sums(codes.q, codes.zero_point, scheme.group_size)
+        self.register_buffer("x_scale", x_scale)
+        self.register_buffer("x_zero_point", x_zero_point)
+        self.register_buffer("code_sum", sums, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.reshape(-1, self.in_features)
+        x_scale = self.x_scale
+        if self.scheme.activations == "tensor" and flat.shape[0]:
+            tiny = torch.finfo(torch.float32).tiny
+            x_scale = (flat.abs().amax().float() / 127).clamp(min=tiny).reshape(1)
+        out = ops.w8a8_linear(
+            flat,
+            self.packed,
+            self.scale,
+            self.zero_point,
+            self.bias,
+            self.out_features,
+            self.stored_bits,
+            self.scheme.group_size,
+            self.symmetric,
+            x_scale,
+            self.x_zero_point,
+            self.code_sum,
+        )
+        return out.reshape(*x.shape[:-1], self.out_features)
+
+    def _apply(self, fn, recurse=True):
+        x_scale = self.x_scale
+        super()._apply(fn, recurse)
+        if x_scale is not None and self.x_scale.dtype != x_scale.dtype:
+            self.x_scale = x_scale.to(self.x_scale.device)
+        return self
+
+
+class MixedInt8Linear(PackedLinear):
+    """LLM.int8() (arXiv 2208.07339): int8 but for activation columns beyond ``threshold``.
+
+    ``kept`` int64 [n] and ``kept_weight`` float32 [n, out_features]: columns whose float weights
+    are used when they are outliers; other outliers meet the dequantised int8 column. ``outliers``
+    fixes the set, so that a row's result does not depend on its batch.
+    """
+
+    def __init__(
+        self,
+        codes: Codes,
+        scheme: Scheme,
+        bias: Tensor | None = None,
+        threshold: float = 6.0,
+        outliers: Tensor | None = None,
+        kept: Tensor | None = None,
+        kept_weight: Tensor | None = None,
+    ) -> None:
+        super().__init__(codes, scheme, bias)
+        if self.stored_bits != 8:
+            raise UsageError(f"MixedInt8Linear needs weights of 8 bits, got {scheme.bits}")
+        self.threshold = threshold
+        self.register_buffer("outliers", outliers)
+        self.register_buffer("kept", kept)
+        self.register_buffer("kept_weight", kept_weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.reshape(-1, self.in_features)
+        out = ops.int8_mixed_linear(
+            flat,
+            self.packed,
+            self.scale,
+            self.zero_point,
+            self.bias,
+            self.out_features,
+            self.scheme.group_size,
+            self.threshold,
+            self.outliers,
+            self.kept,
+            self.kept_weight,
+        )
+        return out.reshape(*x.shape[:-1], self.out_features)
+
+    def _apply(self, fn, recurse=True):
+        kept_weight = self.kept_weight
+        super()._apply(fn, recurse)
+        if kept_weight is not None and self.kept_weight.dtype != kept_weight.dtype:
+            self.kept_weight = kept_weight.to(self.kept_weight.device)
+        return self
