@@ -1,0 +1,71 @@
+"""Timing shared by the benchmarks: contenders in turn, so that a busy machine slows all of them.
+
+A case is a name, contenders (label -> function; "ours" first), a check that raises when ours is
+wrong, and bars: (label, least ratio of that contender's time to ours). Times are in one run, in
+rounds; ratios are of minima and, beside them, of medians.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+
+@dataclass
+class Case:
+    op: str
+    shape: str
+    contenders: dict[str, Callable[[], object]]
+    check: Callable[[], None]
+    bars: list[tuple[str, float]]
+    note: str = ""
+    result: dict = field(default_factory=dict)
+
+    def run(self, rounds: int) -> None:
+        self.check()
+        times = {label: [] for label in self.contenders}
+        for function in self.contenders.values():
+            function()
+        for _ in range(rounds):
+            for label, function in self.contenders.items():
+                start = time.perf_counter()
+                function()
+                times[label].append(time.perf_counter() - start)
+        least = {label: min(t) for label, t in times.items()}
+        median = {label: statistics.median(t) for label, t in times.items()}
+        self.result = {
+            "op": self.op,
+            "shape": self.shape,
+            "threads": torch.get_num_threads(),
+            "note": self.note,
+            "min_ms": {label: 1e3 * t for label, t in least.items()},
+            "median_ms": {label: 1e3 * t for label, t in median.items()},
+            "bars": [
+                {
+                    "against": label,
+                    "bar": bar,
+                    "ratio": least[label] / least["ours"],
+                    "ratio_of_medians": median[label] / median["ours"],
+                }
+                for label, bar in self.bars
+            ],
+        }
+
+    def line(self) -> str:
+        r = self.result
+        times = "  ".join(f"{label} {t:.3f}" for label, t in r["min_ms"].items())
+        bars = "  ".join(
+            f"{b['ratio']:.2f}/{b['ratio_of_medians']:.2f}x {b['against']}"
+            f" (bar {b['bar']:.2f}{'' if b['ratio'] >= b['bar'] else ', MISSED'})"
+            for b in r["bars"]
+        )
+        return f"{r['threads']}t {r['op']:18} {r['shape']:28} ms: {times}\n{'':6}{bars}"
+
+
+def close(ours: torch.Tensor, want: torch.Tensor, relative: float) -> None:
+    """Raise unless |ours - want| <= relative * max |want|."""
+    error = float((ours.double() - want.double()).abs().max() / want.double().abs().max())
+    if not error <= relative:
+        raise SystemExit(f"wrong result: error {error:.1e} of the largest, allowed {relative:.0e}")
