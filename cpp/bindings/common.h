@@ -63,8 +63,9 @@ inline DType dtype_of(const Tensor& t, const char* name) {
 }
 
 inline ScalarType scalar_type(DType t) {
-  return t == DType::f16 ? ScalarType::Half
-         : t == DType::bf16 ? ScalarType::BFloat16 : ScalarType::Float;
+  return t == DType::f16    ? ScalarType::Half
+         : t == DType::bf16 ? ScalarType::BFloat16
+                            : ScalarType::Float;
 }
 
 inline DType dtype_named(const std::string& text, const char* name) {
@@ -116,8 +117,8 @@ inline int64_t count_groups(int64_t columns, int64_t group_size) {
 }
 
 inline Tensor empty(std::initializer_list<int64_t> shape, ScalarType type) {
-  return torch::stable::empty(
-      torch::headeronly::IntHeaderOnlyArrayRef(shape.begin(), shape.size()), type);
+  return torch::stable::empty(torch::headeronly::IntHeaderOnlyArrayRef(shape.begin(), shape.size()),
+                              type);
 }
 
 // Row-major, copied only if it is not.
@@ -126,8 +127,12 @@ inline Tensor dense(const Tensor& t) {
 }
 
 template <class T>
-const T* data(const Tensor& t) { return static_cast<const T*>(t.const_data_ptr()); }
+const T* data(const Tensor& t) {
+  return static_cast<const T*>(t.const_data_ptr());
+}
 template <class T>
-T* mutable_data(const Tensor& t) { return static_cast<T*>(t.mutable_data_ptr()); }
+T* mutable_data(const Tensor& t) {
+  return static_cast<T*>(t.mutable_data_ptr());
+}
 
 }  // namespace fewbit::bindings

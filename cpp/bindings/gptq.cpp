@@ -20,7 +20,8 @@ GroupFit fit_named(const std::string& text) {
 
 // order must name every column once; with groups fitted in order, a group must be one run.
 void check_order(const int64_t* order, int64_t columns, int64_t group, bool runs) {
-  std::vector<char> column_seen(static_cast<size_t>(columns)), group_seen(static_cast<size_t>(columns));
+  std::vector<char> column_seen(static_cast<size_t>(columns)),
+      group_seen(static_cast<size_t>(columns));
   for (int64_t k = 0; k < columns; ++k) {
     const int64_t column = order[k];
     check(column >= 0 && column < columns && !column_seen[static_cast<size_t>(column)],
@@ -36,8 +37,8 @@ void check_order(const int64_t* order, int64_t columns, int64_t group, bool runs
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor> gptq(const Tensor& w, const Tensor& c, int64_t bits,
-                                        int64_t group_size, bool symmetric,
-                                        std::string scale_dtype, std::string fit, int64_t points,
+                                        int64_t group_size, bool symmetric, std::string scale_dtype,
+                                        std::string fit, int64_t points,
                                         std::optional<Tensor> importance,
                                         std::optional<Tensor> order, std::optional<Tensor> scale,
                                         std::optional<Tensor> zero_point, int64_t block) {
@@ -88,9 +89,9 @@ std::tuple<Tensor, Tensor, Tensor> gptq(const Tensor& w, const Tensor& c, int64_
     run(Gptq{data<char>(in) + first * columns * size_of(dtype), data<float>(coefficients),
              weights ? data<float>(*weights) : nullptr, at ? data<int64_t>(*at) : nullptr,
              mutable_data<float>(work), mutable_data<float>(group_work),
-             mutable_data<uint8_t>(q) + first * columns,
-             mutable_data<float>(s) + first * groups, mutable_data<uint8_t>(z) + first * groups,
-             dtype, n, columns, group, groups, block, points, group_fit, grid});
+             mutable_data<uint8_t>(q) + first * columns, mutable_data<float>(s) + first * groups,
+             mutable_data<uint8_t>(z) + first * groups, dtype, n, columns, group, groups, block,
+             points, group_fit, grid});
   }
   if (grid.scale_dtype != DType::f32)  // exact: the kernel has rounded
     s = torch::stable::to(s, scalar_type(grid.scale_dtype));
@@ -100,7 +101,8 @@ std::tuple<Tensor, Tensor, Tensor> gptq(const Tensor& w, const Tensor& c, int64_
 STABLE_TORCH_LIBRARY_FRAGMENT(fewbit, m) {
   m.def(
       "gptq(Tensor w, Tensor c, int bits, int group_size, bool symmetric, str scale_dtype, str fit,"
-      " int points, Tensor? importance, Tensor? order, Tensor? scale, Tensor? zero_point, int block)"
+      " int points, Tensor? importance, Tensor? order, Tensor? scale, Tensor? zero_point, int "
+      "block)"
       " -> (Tensor q, Tensor scale, Tensor zero_point)");
 }
 STABLE_TORCH_LIBRARY_IMPL(fewbit, CPU, m) { m.impl("gptq", TORCH_BOX(&gptq)); }

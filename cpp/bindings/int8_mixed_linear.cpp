@@ -9,10 +9,9 @@
 namespace fewbit::bindings {
 
 Tensor int8_mixed_linear(const Tensor& x, const Tensor& packed, const Tensor& scale,
-                         const Tensor& zero_point, std::optional<Tensor> bias,
-                         int64_t out_features, int64_t group_size, double threshold,
-                         std::optional<Tensor> outliers, std::optional<Tensor> kept,
-                         std::optional<Tensor> kept_weight) {
+                         const Tensor& zero_point, std::optional<Tensor> bias, int64_t out_features,
+                         int64_t group_size, double threshold, std::optional<Tensor> outliers,
+                         std::optional<Tensor> kept, std::optional<Tensor> kept_weight) {
   check_matrix(x, "x", "[tokens, in_features]");
   const int64_t m = x.size(0), columns = x.size(1);
   const DType dtype = dtype_of(x, "x");
@@ -71,8 +70,8 @@ Tensor int8_mixed_linear(const Tensor& x, const Tensor& packed, const Tensor& sc
                        mutable_data<float>(product), w.scale_dtype, m, count, l},
         grain_for(m * count * panel_rows));
   }
-  const Tokens t = quantize_tokens(in, true, std::nullopt, std::nullopt,
-                                   count > 0 ? flag.data() : nullptr);
+  const Tokens t =
+      quantize_tokens(in, true, std::nullopt, std::nullopt, count > 0 ? flag.data() : nullptr);
   run_integer({t.q.const_data_ptr(), true, DType::f32, m, data<float>(t.scale), nullptr, nullptr},
               w, count > 0 ? data<float>(product) : nullptr, out.mutable_data_ptr(), dtype);
   return out;

@@ -36,8 +36,9 @@ PYBIND11_MODULE(_C, m) {
   m.attr("__version__") = FEWBIT_VERSION;
   m.attr("cuda") = bool(FEWBIT_WITH_CUDA);
   m.attr("panel_rows") = fewbit::panel_rows;
-  m.def("isa", [] { return std::string(fewbit::cpu::isa_name(fewbit::cpu::isa())); },
-        "The instruction set whose kernels run.");
+  m.def(
+      "isa", [] { return std::string(fewbit::cpu::isa_name(fewbit::cpu::isa())); },
+      "The instruction set whose kernels run.");
   m.def("available_isas", &available_isas, "What this CPU and this build can run, worst first.");
   m.def("set_isa", &set_isa, py::arg("name"), "Choose an instruction set of available_isas().");
 }

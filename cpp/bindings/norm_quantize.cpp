@@ -24,9 +24,8 @@ std::tuple<Tensor, Tensor, Tensor> norm_quantize(const Tensor& x, const Tensor& 
   Tensor y = empty({m, columns}, ScalarType::Float);
   Tensor q = empty({m, columns}, ScalarType::Char);
   Tensor scale = empty({m}, ScalarType::Float), zero_point = empty({m}, ScalarType::Int);
-  run(NormQuantize{in.const_data_ptr(), data<float>(weight32),
-                   bias ? data<float>(bias32) : nullptr, mutable_data<float>(y),
-                   mutable_data<int8_t>(q), mutable_data<float>(scale),
+  run(NormQuantize{in.const_data_ptr(), data<float>(weight32), bias ? data<float>(bias32) : nullptr,
+                   mutable_data<float>(y), mutable_data<int8_t>(q), mutable_data<float>(scale),
                    mutable_data<int32_t>(zero_point), float(eps), dtype, rms, symmetric, m,
                    columns},
       grain_for(columns));

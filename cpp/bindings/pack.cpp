@@ -21,9 +21,8 @@ std::tuple<Tensor, Tensor, Tensor> pack(const Tensor& q, const Tensor& scale,
   Tensor panel_zero = empty({l.panels(), l.groups(), panel_rows}, ScalarType::Byte);
   Tensor all = empty({l.panels()}, ScalarType::Byte);
   run(Pack{data<uint8_t>(codes), scales.const_data_ptr(), data<uint8_t>(zeros),
-           mutable_data<uint32_t>(packed),
-           panel_scale.mutable_data_ptr(), mutable_data<uint8_t>(panel_zero),
-           mutable_data<uint8_t>(all),
+           mutable_data<uint32_t>(packed), panel_scale.mutable_data_ptr(),
+           mutable_data<uint8_t>(panel_zero), mutable_data<uint8_t>(all),
            static_cast<int>(size_of(scale_dtype)), l},
       grain_for(l.columns * panel_rows));
   // A code past its range has spilled into its neighbour.

@@ -19,8 +19,10 @@ inline Weight make_weight(const Tensor& packed, const Tensor& scale, const Tenso
   Weight w{dense(packed), dense(scale), dense(zero_point), Tensor(), dtype_of(scale, "scale"), l};
   if (bias) {
     check_shape(*bias, {l.rows}, "bias");
-    if (dtype_of(*bias, "bias") == DType::f32) w.bias = dense(*bias);
-    else w.bias = dense(torch::stable::to(*bias, ScalarType::Float));
+    if (dtype_of(*bias, "bias") == DType::f32)
+      w.bias = dense(*bias);
+    else
+      w.bias = dense(torch::stable::to(*bias, ScalarType::Float));
   }
   return w;
 }
@@ -34,13 +36,13 @@ inline int64_t strip_of(const PackedLayout& l, int64_t wanted) {
 
 // What differs between float activations and codes.
 struct Activations {
-  const void* x;              // [m, columns]
+  const void* x;  // [m, columns]
   bool codes;
-  DType dtype;                // of float x
+  DType dtype;  // of float x
   int64_t m;
-  const float* scale;         // [m] for codes
-  const int32_t* zero;        // [m] or null
-  const int32_t* code_sum;    // with zero
+  const float* scale;       // [m] for codes
+  const int32_t* zero;      // [m] or null
+  const int32_t* code_sum;  // with zero
 };
 
 // Sums of products of codes must fit 31 bits; a zero point on both sides doubles their range.
@@ -62,10 +64,9 @@ inline void run_integer(const Activations& x, const Weight& w, const float* add,
   void* sum = scale + x.m * l.groups();
   run(Digits{x.x, mutable_data<uint32_t>(words), scale, sum, x.codes, x.dtype, x.m, rows, l},
       grain_for(l.columns));
-  run(W8A8Linear{data<uint32_t>(words), x.codes ? x.scale : scale, sum, x.zero, x.code_sum,
-                 x.codes, data<uint32_t>(w.words), w.scale.const_data_ptr(),
-                 data<uint8_t>(w.zero_point), w.bias_data(), add, out, dtype, w.scale_dtype, x.m, rows,
-                 strip_of(l, 4), l},
+  run(W8A8Linear{data<uint32_t>(words), x.codes ? x.scale : scale, sum, x.zero, x.code_sum, x.codes,
+                 data<uint32_t>(w.words), w.scale.const_data_ptr(), data<uint8_t>(w.zero_point),
+                 w.bias_data(), add, out, dtype, w.scale_dtype, x.m, rows, strip_of(l, 4), l},
       grain_for(x.m * l.columns * panel_rows * 4, 1 << 17));
 }
 

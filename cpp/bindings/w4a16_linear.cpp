@@ -17,8 +17,8 @@ Tensor w4a16_linear(const Tensor& x, const Tensor& packed, const Tensor& scale,
   if (m == 0 || l.rows == 0) return out;
   const Tensor in = dense(x);
   if (m <= fixed_rows && l.group_size <= max_columns) {
-    run_integer({in.const_data_ptr(), false, dtype, m, nullptr, nullptr, nullptr}, w,
-                nullptr, out.mutable_data_ptr(), dtype);
+    run_integer({in.const_data_ptr(), false, dtype, m, nullptr, nullptr, nullptr}, w, nullptr,
+                out.mutable_data_ptr(), dtype);
     return out;
   }
 
@@ -26,16 +26,27 @@ Tensor w4a16_linear(const Tensor& x, const Tensor& packed, const Tensor& scale,
   const int64_t rows = float_block_rows(m), blocks = ceil_div(m, rows);
   Tensor prepared = empty({blocks, l.padded_columns(), rows}, ScalarType::Float);
   Tensor group_sum, sums;
-  if (direct) group_sum = empty({m, l.groups()}, ScalarType::Float);
-  else sums = empty({l.panels(), blocks * rows, panel_rows}, ScalarType::Float);
+  if (direct)
+    group_sum = empty({m, l.groups()}, ScalarType::Float);
+  else
+    sums = empty({l.panels(), blocks * rows, panel_rows}, ScalarType::Float);
   run(W4A16Prepare{in.const_data_ptr(), mutable_data<float>(prepared),
                    direct ? mutable_data<float>(group_sum) : nullptr, dtype, m, rows, l},
       grain_for(rows * columns));
-  W4A16Linear args{data<float>(prepared), direct ? data<float>(group_sum) : nullptr,
-                   data<uint32_t>(w.words), w.scale.const_data_ptr(), data<uint8_t>(w.zero_point),
-                   w.bias_data(), direct ? nullptr : mutable_data<float>(sums),
-                   out.mutable_data_ptr(), dtype, w.scale_dtype, m, rows,
-                   strip_of(l, direct ? 4 : 8), l};
+  W4A16Linear args{data<float>(prepared),
+                   direct ? data<float>(group_sum) : nullptr,
+                   data<uint32_t>(w.words),
+                   w.scale.const_data_ptr(),
+                   data<uint8_t>(w.zero_point),
+                   w.bias_data(),
+                   direct ? nullptr : mutable_data<float>(sums),
+                   out.mutable_data_ptr(),
+                   dtype,
+                   w.scale_dtype,
+                   m,
+                   rows,
+                   strip_of(l, direct ? 4 : 8),
+                   l};
   run(args, grain_for(m * columns * panel_rows * args.strip, 1 << 17));
   return out;
 }

@@ -157,8 +157,8 @@ static int64_t block_end(const Gptq& a, int64_t k) {
   if (a.fit != GroupFit::in_order) return end;
   for (int64_t at = k; at < end;) {
     // The first block inside a long group has its start at k; later ones meet no start at all.
-    const bool starts = at == 0 || column_at(a, at) / a.group_size !=
-                                       column_at(a, at - 1) / a.group_size;
+    const bool starts =
+        at == 0 || column_at(a, at) / a.group_size != column_at(a, at - 1) / a.group_size;
     if (starts && at > k && at + group_length(a, at) > end) return at;
     at += starts ? group_length(a, at) : 1;
   }
@@ -226,8 +226,7 @@ static void solve(const Gptq& a, int64_t task) {
       solve_block<T>(a, p, a.work + p * stride, begin, end, group_work);
     float* x = a.work + first * stride;
     update<Gptq::max_block>(x + begin * lanes, stride, x + end * lanes, stride, last - first,
-                            a.c + begin * a.columns + end, a.columns, end - begin,
-                            a.columns - end);
+                            a.c + begin * a.columns + end, a.columns, end - begin, a.columns - end);
     begin = end;
   }
 }

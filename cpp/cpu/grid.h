@@ -6,8 +6,8 @@
 namespace fewbit::cpu::FEWBIT_ISA {
 
 struct Step {
-  float s;     // scale
-  float z;     // zero point, a whole number
+  float s;  // scale
+  float z;  // zero point, a whole number
   float qmax;
 };
 

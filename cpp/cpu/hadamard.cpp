@@ -59,7 +59,9 @@ FEWBIT_INLINE void pass_of(int radix, const In* in, Out* out, int64_t n, int64_t
     case 1: pass<1, lanes>(in, out, n, first, signs, scale); break;
     case 2: pass<2, lanes>(in, out, n, first, signs, scale); break;
     case 3: pass<3, lanes>(in, out, n, first, signs, scale); break;
-    case 4: if constexpr (max_radix >= 4) pass<4, lanes>(in, out, n, first, signs, scale); break;
+    case 4:
+      if constexpr (max_radix >= 4) pass<4, lanes>(in, out, n, first, signs, scale);
+      break;
   }
 }
 
@@ -82,11 +84,14 @@ static void sylvester(const In* in, float* buffer, Out* out, int k, const float*
       const int radix = (left + passes - 1) / passes;
       left -= radix;
       const bool last = left == 0 && part == n;
-      if (!begun && last) pass_of<true>(radix, in + b, out + b, part, first, signs, scale);
+      if (!begun && last)
+        pass_of<true>(radix, in + b, out + b, part, first, signs, scale);
       else if (!begun)
         pass_of<true>(radix, in + b, buffer + b, part, first, signs ? signs + b : signs, 1.0f);
-      else if (last) pass_of<false>(radix, buffer + b, out + b, part, first, nullptr, scale);
-      else pass_of<false>(radix, buffer + b, buffer + b, part, first, nullptr, 1.0f);
+      else if (last)
+        pass_of<false>(radix, buffer + b, out + b, part, first, nullptr, scale);
+      else
+        pass_of<false>(radix, buffer + b, buffer + b, part, first, nullptr, 1.0f);
       first <<= radix;
       begun = true;
     } while (left > 0);
@@ -94,8 +99,10 @@ static void sylvester(const In* in, float* buffer, Out* out, int k, const float*
   for (stages -= inner; stages > 0;) {
     const int radix = stages < max_radix ? stages : max_radix;
     stages -= radix;
-    if (stages == 0) pass_of<false>(radix, buffer, out, n, first, nullptr, scale);
-    else pass_of<false>(radix, buffer, buffer, n, first, nullptr, 1.0f);
+    if (stages == 0)
+      pass_of<false>(radix, buffer, out, n, first, nullptr, scale);
+    else
+      pass_of<false>(radix, buffer, buffer, n, first, nullptr, 1.0f);
     first <<= radix;
   }
 }
@@ -122,7 +129,8 @@ static void by_patterns(const Hadamard& a, const float* z, T* y, int64_t c) {
       for (int v = 0; v < vectors; ++v) {
         F32 x[4];
         for (int i = 0; i < 4; ++i) {
-          const int64_t row = (g0 + g) * 4 + i;  // m = 1, 2 and multiples of 4: 2 has a short bundle
+          const int64_t row =
+              (g0 + g) * 4 + i;  // m = 1, 2 and multiples of 4: 2 has a short bundle
           x[i] = row < a.m ? F32::load(z + row * n + c + v * F32::width) : F32::zero();
         }
         tabulate(x, tables + g * 16 * width + v * F32::width, width);
@@ -146,8 +154,10 @@ static void by_patterns(const Hadamard& a, const float* z, T* y, int64_t c) {
         }
       for (int i = 0; i < here; ++i)
         for (int v = 0; v < vectors; ++v) {
-          if (finish) (sum[i][v] * F32::set(a.scale)).store(y + (o + i) * n + c + v * F32::width);
-          else sum[i][v].store(sums + (o + i) * width + v * F32::width);
+          if (finish)
+            (sum[i][v] * F32::set(a.scale)).store(y + (o + i) * n + c + v * F32::width);
+          else
+            sum[i][v].store(sums + (o + i) * width + v * F32::width);
         }
     }
   }
@@ -203,8 +213,10 @@ static void rows(const Hadamard& a, int64_t begin, int64_t end) {
             z[i] = p + q;
             z[i + half] = p - q;
           }
-      if (a.base) by_products(a, z, column, y);
-      else for (int64_t i = 0; i < width; ++i) from_float(z[i] * a.scale, y + i);
+      if (a.base)
+        by_products(a, z, column, y);
+      else
+        for (int64_t i = 0; i < width; ++i) from_float(z[i] * a.scale, y + i);
       continue;
     }
     if (!a.base && !a.patterns) {
@@ -213,9 +225,12 @@ static void rows(const Hadamard& a, int64_t begin, int64_t end) {
     }
     for (int64_t i = 0; i < a.m; ++i)
       sylvester(x + i * n, z + i * n, z + i * n, a.k, a.signs ? a.signs + i * n : a.signs, 1.0f);
-    if (a.base) by_products(a, z, column, y);
-    else if (n >= 32) for (int64_t c = 0; c < n; c += 32) by_patterns<32>(a, z, y, c);
-    else by_patterns<16>(a, z, y, 0);
+    if (a.base)
+      by_products(a, z, column, y);
+    else if (n >= 32)
+      for (int64_t c = 0; c < n; c += 32) by_patterns<32>(a, z, y, c);
+    else
+      by_patterns<16>(a, z, y, 0);
   }
 }
 

@@ -23,8 +23,8 @@ static void flag_columns(const OutlierColumns& a, int64_t first, int64_t last) {
 void kernel(const OutlierColumns& a, int64_t begin, int64_t end) {
   for (int64_t b = begin; b < end; ++b) {
     const int64_t first = b * OutlierColumns::block;
-    const int64_t last = first + OutlierColumns::block < a.columns ? first + OutlierColumns::block
-                                                                   : a.columns;
+    const int64_t last =
+        first + OutlierColumns::block < a.columns ? first + OutlierColumns::block : a.columns;
     with_type(a.dtype, [&](auto* t) { flag_columns<element<decltype(t)>>(a, first, last); });
   }
 }
@@ -48,8 +48,7 @@ FEWBIT_INLINE void add_rows(const OutlierProduct& a, int64_t m, int64_t o0, int6
   float* out = a.out + m * stride + panel * panel_rows;
   for (int v = 0; v < panel_rows; v += F32::width) {
     F32 sum[rows];
-    for (int r = 0; r < rows; ++r)
-      sum[r] = o0 == 0 ? F32::zero() : F32::load(out + r * stride + v);
+    for (int r = 0; r < rows; ++r) sum[r] = o0 == 0 ? F32::zero() : F32::load(out + r * stride + v);
     for (int64_t o = 0; o < n; ++o) {
       const F32 right = F32::load(w + o * panel_rows + v);
       for (int r = 0; r < rows; ++r)

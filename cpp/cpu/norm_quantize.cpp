@@ -27,12 +27,22 @@ static void rows(const NormQuantize& a, int64_t begin, int64_t end) {
     const T* x = static_cast<const T*>(a.x) + m * n;
     float* y = a.y + m * n;
     const float mean = a.rms ? 0.0f
-        : sum_of(n, [&](int64_t i) { return F32::load(x + i); },
-                 [&](int64_t i) { return to_float(x[i]); }) / float(n);
+                             : sum_of(
+                                   n, [&](int64_t i) { return F32::load(x + i); },
+                                   [&](int64_t i) { return to_float(x[i]); }) /
+                                   float(n);
     const F32 centre = F32::set(mean);
-    const float square = sum_of(n,
-        [&](int64_t i) { const F32 v = F32::load(x + i) - centre; return v * v; },
-        [&](int64_t i) { const float v = to_float(x[i]) - mean; return v * v; }) / float(n);
+    const float square = sum_of(
+                             n,
+                             [&](int64_t i) {
+                               const F32 v = F32::load(x + i) - centre;
+                               return v * v;
+                             },
+                             [&](int64_t i) {
+                               const float v = to_float(x[i]) - mean;
+                               return v * v;
+                             }) /
+                         float(n);
     const float r = 1.0f / __builtin_sqrtf(square + a.eps);
     int64_t i = 0;
     for (; i + F32::width <= n; i += F32::width) {

@@ -26,8 +26,16 @@ namespace fewbit::cpu::FEWBIT_ISA {
 
 // ---- scalar conversions, for tails and for the portable path -----------------------------------
 
-FEWBIT_INLINE uint32_t bits_of(float v) { uint32_t u; __builtin_memcpy(&u, &v, 4); return u; }
-FEWBIT_INLINE float float_of(uint32_t u) { float v; __builtin_memcpy(&v, &u, 4); return v; }
+FEWBIT_INLINE uint32_t bits_of(float v) {
+  uint32_t u;
+  __builtin_memcpy(&u, &v, 4);
+  return u;
+}
+FEWBIT_INLINE float float_of(uint32_t u) {
+  float v;
+  __builtin_memcpy(&v, &u, 4);
+  return v;
+}
 
 FEWBIT_INLINE float to_float(float v) { return v; }
 FEWBIT_INLINE float to_float(BFloat16 v) { return float_of(uint32_t(v.bits) << 16); }
@@ -43,12 +51,19 @@ FEWBIT_INLINE void from_float(float v, float* out) { *out = v; }
 FEWBIT_INLINE void from_float(float v, BFloat16* out) {
   const uint32_t u = bits_of(v);
   // Round half to even on the 16 dropped bits; a NaN keeps a set quiet bit.
-  out->bits = v != v ? uint16_t((u >> 16) | 0x40u) : uint16_t((u + 0x7FFFu + ((u >> 16) & 1u)) >> 16);
+  out->bits =
+      v != v ? uint16_t((u >> 16) | 0x40u) : uint16_t((u + 0x7FFFu + ((u >> 16) & 1u)) >> 16);
 }
 FEWBIT_INLINE void from_float(float v, Half* out) {
   const uint32_t u = bits_of(v), sign = (u >> 16) & 0x8000u, rest = u & 0x7FFFFFFFu;
-  if (rest > 0x7F800000u) { out->bits = uint16_t(sign | 0x7E00u | ((rest >> 13) & 0x1FFu)); return; }
-  if (rest >= 0x477FF000u) { out->bits = uint16_t(sign | 0x7C00u); return; }  // 65520 and up
+  if (rest > 0x7F800000u) {
+    out->bits = uint16_t(sign | 0x7E00u | ((rest >> 13) & 0x1FFu));
+    return;
+  }
+  if (rest >= 0x477FF000u) {
+    out->bits = uint16_t(sign | 0x7C00u);
+    return;
+  }  // 65520 and up
   if (rest < 0x38800000u) {  // below 2^-14: the result is a multiple of 2^-24
     // Adding 0.5 puts the ulp at 2^-24, so the hardware rounds half to even there.
     out->bits = uint16_t(sign | (bits_of(float_of(rest) + 0.5f) - 0x3F000000u));
@@ -118,7 +133,11 @@ FEWBIT_INLINE F32 round(F32 a) {
 }
 FEWBIT_INLINE F32 fma(F32 a, F32 b, F32 c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 FEWBIT_INLINE F32 fnma(F32 a, F32 b, F32 c) { return {_mm512_fnmadd_ps(a.v, b.v, c.v)}; }
-FEWBIT_INLINE float lane(F32 a, int i) { float t[16]; a.store(t); return t[i]; }
+FEWBIT_INLINE float lane(F32 a, int i) {
+  float t[16];
+  a.store(t);
+  return t[i];
+}
 FEWBIT_INLINE float reduce_min(F32 a) { return _mm512_reduce_min_ps(a.v); }  // of no NaN
 FEWBIT_INLINE float reduce_max(F32 a) { return _mm512_reduce_max_ps(a.v); }
 // Butterflies inside a vector, on strides 1, 2, .. width / 2: lane i becomes a[i] + a[i + stride],
@@ -177,12 +196,26 @@ template <int bits>
 FEWBIT_INLINE F32 low_bits(U32 a) {
   if constexpr (bits <= 4) {
     constexpr float m = float((1 << bits) - 1);
-    const __m512 table = _mm512_setr_ps(
-        0, 1, bits == 1 ? 0 : 2, bits == 1 ? 1 : 3, bits == 4 ? 4 : 0, bits == 4 ? 5 : 1,
-        bits == 1 ? 0 : bits == 4 ? 6 : 2, bits == 1 ? 1 : bits == 4 ? 7 : 3,
-        bits == 4 ? 8 : 0, bits == 4 ? 9 : 1, bits == 1 ? 0 : bits == 4 ? 10 : 2,
-        bits == 1 ? 1 : bits == 4 ? 11 : 3, bits == 4 ? 12 : 0, bits == 4 ? 13 : 1,
-        bits == 1 ? 0 : bits == 4 ? 14 : 2, m);
+    const __m512 table = _mm512_setr_ps(0, 1, bits == 1 ? 0 : 2, bits == 1 ? 1 : 3,
+                                        bits == 4 ? 4 : 0, bits == 4 ? 5 : 1,
+                                        bits == 1   ? 0
+                                        : bits == 4 ? 6
+                                                    : 2,
+                                        bits == 1   ? 1
+                                        : bits == 4 ? 7
+                                                    : 3,
+                                        bits == 4 ? 8 : 0, bits == 4 ? 9 : 1,
+                                        bits == 1   ? 0
+                                        : bits == 4 ? 10
+                                                    : 2,
+                                        bits == 1   ? 1
+                                        : bits == 4 ? 11
+                                                    : 3,
+                                        bits == 4 ? 12 : 0, bits == 4 ? 13 : 1,
+                                        bits == 1   ? 0
+                                        : bits == 4 ? 14
+                                                    : 2,
+                                        m);
     return {_mm512_permutexvar_ps(a.v, table)};
   } else {
     return {_mm512_cvtepi32_ps(_mm512_and_si512(a.v, _mm512_set1_epi32((1 << bits) - 1)))};
@@ -246,7 +279,11 @@ FEWBIT_INLINE F32 round(F32 a) {
 }
 FEWBIT_INLINE F32 fma(F32 a, F32 b, F32 c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
 FEWBIT_INLINE F32 fnma(F32 a, F32 b, F32 c) { return {_mm256_fnmadd_ps(a.v, b.v, c.v)}; }
-FEWBIT_INLINE float lane(F32 a, int i) { float t[8]; a.store(t); return t[i]; }
+FEWBIT_INLINE float lane(F32 a, int i) {
+  float t[8];
+  a.store(t);
+  return t[i];
+}
 FEWBIT_INLINE float reduce_min(F32 a) {  // of no NaN
   __m128 v = _mm_min_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
   v = _mm_min_ps(v, _mm_movehl_ps(v, v));
@@ -261,8 +298,7 @@ FEWBIT_INLINE F32 butterflies(F32 a) {
   };
   step(_mm256_permute_ps(a.v, 0xB1), _mm256_setr_ps(0, -0.0f, 0, -0.0f, 0, -0.0f, 0, -0.0f));
   step(_mm256_permute_ps(a.v, 0x4E), _mm256_setr_ps(0, 0, -0.0f, -0.0f, 0, 0, -0.0f, -0.0f));
-  step(_mm256_permute2f128_ps(a.v, a.v, 1),
-       _mm256_setr_ps(0, 0, 0, 0, -0.0f, -0.0f, -0.0f, -0.0f));
+  step(_mm256_permute2f128_ps(a.v, a.v, 1), _mm256_setr_ps(0, 0, 0, 0, -0.0f, -0.0f, -0.0f, -0.0f));
   return a;
 }
 
@@ -317,10 +353,14 @@ struct F32 {
   FEWBIT_INLINE_MEMBER static F32 set(float a) { return {a}; }
   FEWBIT_INLINE_MEMBER static F32 zero() { return {0.0f}; }
   template <class T>
-  FEWBIT_INLINE_MEMBER static F32 load(const T* p) { return {to_float(*p)}; }
+  FEWBIT_INLINE_MEMBER static F32 load(const T* p) {
+    return {to_float(*p)};
+  }
   FEWBIT_INLINE_MEMBER static F32 load(const uint8_t* p) { return {float(*p)}; }
   template <class T>
-  FEWBIT_INLINE_MEMBER void store(T* p) const { from_float(v, p); }
+  FEWBIT_INLINE_MEMBER void store(T* p) const {
+    from_float(v, p);
+  }
   FEWBIT_INLINE_MEMBER void store(uint8_t* p) const { *p = uint8_t(v); }
 };
 
@@ -370,7 +410,9 @@ FEWBIT_INLINE Dot dot(Dot sum, U32 q, U32 x) {
 }
 FEWBIT_INLINE I32 widen(Dot sum) { return {sum.v}; }
 template <int bits>
-FEWBIT_INLINE F32 low_bits(U32 a) { return {float(a.v & ((1u << bits) - 1u))}; }
+FEWBIT_INLINE F32 low_bits(U32 a) {
+  return {float(a.v & ((1u << bits) - 1u))};
+}
 
 #endif
 
@@ -383,9 +425,14 @@ FEWBIT_INLINE F32 low_bits(U32 a) { return {float(a.v & ((1u << bits) - 1u))}; }
 constexpr int dot_steps = 8;
 
 // element<T*> is T: the type behind the tag that with_type passes.
-template <class T> struct Pointee;
-template <class T> struct Pointee<T*> { using type = T; };
-template <class P> using element = typename Pointee<P>::type;
+template <class T>
+struct Pointee;
+template <class T>
+struct Pointee<T*> {
+  using type = T;
+};
+template <class P>
+using element = typename Pointee<P>::type;
 
 // Calls f with a null pointer of the element type that `t` names.
 template <class F>

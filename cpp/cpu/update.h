@@ -70,8 +70,10 @@ static void update(const float* e, int64_t e_stride, float* x, int64_t x_stride,
       for (int64_t t = 0; t < tiles && first + t * update_columns < width; ++t) {
         float* to = x + p * x_stride + (first + t * update_columns) * update_lanes;
         const float* from = e + p * e_stride;
-        if (wide) update_tile<update_panels>(from, e_stride, to, x_stride, copy[t], depth);
-        else update_tile<1>(from, e_stride, to, x_stride, copy[t], depth);
+        if (wide)
+          update_tile<update_panels>(from, e_stride, to, x_stride, copy[t], depth);
+        else
+          update_tile<1>(from, e_stride, to, x_stride, copy[t], depth);
       }
       p += wide ? update_panels : 1;
     }

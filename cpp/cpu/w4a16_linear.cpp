@@ -186,7 +186,8 @@ static void micro(const float* x, int64_t stride, const float* w, int64_t column
   }
   for (int r = 0; r < rows; ++r)
     for (int c = 0; c < across; ++c)
-      sum[r][c].store(sums + (c / vectors) * sums_panel + r * panel_rows + c % vectors * F32::width);
+      sum[r][c].store(sums + (c / vectors) * sums_panel + r * panel_rows +
+                      c % vectors * F32::width);
 }
 
 // One block of rows, in the largest steps that the registers hold.
@@ -242,8 +243,10 @@ static void tiled(const W4A16Linear& a, int64_t first, int64_t last) {
 
 template <int bits>
 static void strips(const W4A16Linear& a, int64_t first, int64_t last) {
-  if (a.m <= direct_rows) direct_rows_strip<bits>(a, first, last);
-  else tiled<bits>(a, first, last);
+  if (a.m <= direct_rows)
+    direct_rows_strip<bits>(a, first, last);
+  else
+    tiled<bits>(a, first, last);
 }
 
 void kernel(const W4A16Linear& a, int64_t begin, int64_t end) {

@@ -24,8 +24,7 @@ FEWBIT_INLINE void put_digits(int32_t* v, int64_t n, int digits, int shift, int6
       bytes[i] = int8_t(digit);
       v[i] = (v[i] - digit) >> shift;
     }
-    for (int64_t i = 0; i < n; i += 4)
-      __builtin_memcpy(out + i / 4 * stride + d, bytes + i, 4);
+    for (int64_t i = 0; i < n; i += 4) __builtin_memcpy(out + i / 4 * stride + d, bytes + i, 4);
   }
 }
 
@@ -111,10 +110,12 @@ void kernel(const Digits& a, int64_t begin, int64_t end) {
       for (int64_t i = 0; i < quads; ++i)
         for (int d = 0; d < digits; ++d) out[i * stride + d] = 0;
     if (m >= a.m) continue;
-    if (a.codes) code_row(a, m, shift, digits, stride, out);
-    else with_type(a.dtype, [&](auto* t) {
-      float_row<element<decltype(t)>>(a, m, shift, digits, stride, out);
-    });
+    if (a.codes)
+      code_row(a, m, shift, digits, stride, out);
+    else
+      with_type(a.dtype, [&](auto* t) {
+        float_row<element<decltype(t)>>(a, m, shift, digits, stride, out);
+      });
   }
 }
 
@@ -129,8 +130,7 @@ static void tile(const W8A8Linear& a, int64_t block, int first_row, int64_t pane
   constexpr int chunk = dot_steps / quads;  // units between two widenings
   const PackedLayout& l = a.layout;
   const int64_t groups = l.groups(), m = block * block_rows + first_row;
-  const uint32_t* x =
-      a.x + (block * (l.padded_columns() / 4) * block_rows + first_row) * digits;
+  const uint32_t* x = a.x + (block * (l.padded_columns() / 4) * block_rows + first_row) * digits;
 
   // A panel past the strip's last is the last again: its results are dropped.
   const uint32_t* packed[panels];
@@ -212,9 +212,9 @@ static void tile(const W8A8Linear& a, int64_t block, int first_row, int64_t pane
   if (a.add)
     for (int r = 0; r < rows && m + r < a.m; ++r)
       for (int c = 0; c < across && panel + c / vectors < last; ++c)
-        total[r][c] = total[r][c] + F32::load(a.add + (m + r) * l.panels() * panel_rows +
-                                              (panel + c / vectors) * panel_rows +
-                                              c % vectors * F32::width);
+        total[r][c] =
+            total[r][c] + F32::load(a.add + (m + r) * l.panels() * panel_rows +
+                                    (panel + c / vectors) * panel_rows + c % vectors * F32::width);
   write_tile(a, m, panel * vectors, last * vectors, total);
 }
 
@@ -255,8 +255,10 @@ static void strips(const W8A8Linear& a, int64_t first, int64_t last) {
       default: blocks<bits, true, integer_block_rows>(a, first, last); break;
     }
   } else {
-    if (a.block_rows == 1) blocks<bits, false, 1>(a, first, last);
-    else blocks<bits, false, 2>(a, first, last);
+    if (a.block_rows == 1)
+      blocks<bits, false, 1>(a, first, last);
+    else
+      blocks<bits, false, 2>(a, first, last);
   }
 }
 

@@ -11,9 +11,9 @@
 namespace fewbit {
 
 struct ActStats {
-  const void* x;      // [tokens, channels] of dtype, row-major
-  double* sum_abs;    // [channels]
-  float* max_abs;     // [channels]
+  const void* x;    // [tokens, channels] of dtype, row-major
+  double* sum_abs;  // [channels]
+  float* max_abs;   // [channels]
   DType dtype;
   int64_t tokens;
   int64_t channels;

@@ -13,7 +13,7 @@ struct Dequantize {
   DType dtype;
   int64_t rows;
   int64_t columns;
-  int64_t group_size;         // 1..max(columns, 1)
+  int64_t group_size;  // 1..max(columns, 1)
   int64_t groups;
 
   FEWBIT_ALWAYS_INLINE int64_t tasks() const { return rows; }

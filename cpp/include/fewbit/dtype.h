@@ -10,8 +10,12 @@ namespace fewbit {
 
 enum class DType : int { f32 = 0, f16 = 1, bf16 = 2 };
 
-struct Half { uint16_t bits; };      // IEEE binary16
-struct BFloat16 { uint16_t bits; };  // upper half of a binary32
+struct Half {
+  uint16_t bits;
+};  // IEEE binary16
+struct BFloat16 {
+  uint16_t bits;
+};  // upper half of a binary32
 
 FEWBIT_ALWAYS_INLINE int64_t size_of(DType t) { return t == DType::f32 ? 4 : 2; }
 

@@ -39,17 +39,17 @@ struct Gptq {
   DType dtype;
   int64_t rows;
   int64_t columns;
-  int64_t group_size;       // 1..max(columns, 1)
+  int64_t group_size;  // 1..max(columns, 1)
   int64_t groups;
-  int64_t block;            // columns between two updates of what follows, 1..max_block
-  int64_t points;           // ranges tried per group: shrunk by 1 - 0.8 i / points; 0: the range
+  int64_t block;   // columns between two updates of what follows, 1..max_block
+  int64_t points;  // ranges tried per group: shrunk by 1 - 0.8 i / points; 0: the range
   GroupFit fit;
   Grid grid;
 
   static constexpr int64_t panel = 16;        // rows side by side in SIMD lanes
-  static constexpr int64_t task_panels = 16;   // rows of one task: their block stays in L2
+  static constexpr int64_t task_panels = 16;  // rows of one task: their block stays in L2
   static constexpr int64_t max_block = 256;
-  static constexpr int64_t padding = 16;      // columns that an update may touch behind the last
+  static constexpr int64_t padding = 16;  // columns that an update may touch behind the last
   FEWBIT_ALWAYS_INLINE int64_t work_columns() const { return columns + padding; }
   FEWBIT_ALWAYS_INLINE int64_t panels() const { return (rows + panel - 1) / panel; }
   FEWBIT_ALWAYS_INLINE int64_t tasks() const { return (panels() + task_panels - 1) / task_panels; }

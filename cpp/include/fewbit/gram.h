@@ -10,8 +10,8 @@
 namespace fewbit {
 
 struct GramPanels {
-  const void* x;     // [tokens, channels] of dtype, row-major
-  float* out;        // [panels, tokens, 16], padding 0
+  const void* x;  // [tokens, channels] of dtype, row-major
+  float* out;     // [panels, tokens, 16], padding 0
   DType dtype;
   int64_t tokens;
   int64_t channels;
@@ -22,8 +22,8 @@ struct GramPanels {
 FEWBIT_KERNEL(GramPanels)
 
 struct Gram {
-  const float* x;    // [panels, tokens, 16]: channel panels, padded with 0 (see GramPanels)
-  float* g;          // [channels, channels]; entries on and above the diagonal are updated
+  const float* x;  // [panels, tokens, 16]: channel panels, padded with 0 (see GramPanels)
+  float* g;        // [channels, channels]; entries on and above the diagonal are updated
   int64_t tokens;
   int64_t channels;
 
@@ -37,7 +37,7 @@ struct Gram {
 FEWBIT_KERNEL(Gram)
 
 struct GramMirror {
-  float* g;          // [channels, channels]: entries below the diagonal are written
+  float* g;  // [channels, channels]: entries below the diagonal are written
   int64_t channels;
 
   static constexpr int64_t block = 32;  // rows per task

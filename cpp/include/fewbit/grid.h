@@ -16,9 +16,9 @@
 namespace fewbit {
 
 struct Grid {
-  int bits;            // b, 2..8
+  int bits;  // b, 2..8
   bool symmetric;
-  DType scale_dtype;   // what s is rounded to
+  DType scale_dtype;  // what s is rounded to
 };
 
 }  // namespace fewbit

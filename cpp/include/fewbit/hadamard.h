@@ -14,8 +14,8 @@ namespace fewbit {
 
 struct Hadamard {
   static constexpr int64_t max_width = 32768;
-  static constexpr int64_t lanes = 16;   // 2^k below this: B is applied by multiply-adds
-  static constexpr int64_t bundle = 4;   // rows of B per table
+  static constexpr int64_t lanes = 16;  // 2^k below this: B is applied by multiply-adds
+  static constexpr int64_t bundle = 4;  // rows of B per table
 
   const void* x;            // [rows, m 2^k] of dtype
   const float* signs;       // [m 2^k], s; null: all +1
@@ -25,8 +25,8 @@ struct Hadamard {
   DType dtype;
   int64_t rows;
   int64_t m;
-  int k;                    // m 2^k <= max_width
-  float scale;              // of the result: 1 / sqrt(2^k), over sqrt(m) with patterns
+  int k;        // m 2^k <= max_width
+  float scale;  // of the result: 1 / sqrt(2^k), over sqrt(m) with patterns
 
   FEWBIT_ALWAYS_INLINE int64_t tasks() const { return rows; }
   FEWBIT_ALWAYS_INLINE int64_t bundles() const { return (m + bundle - 1) / bundle; }

@@ -13,8 +13,8 @@
 namespace fewbit {
 
 struct OutlierColumns {
-  const void* x;      // [m, columns] of dtype
-  uint8_t* flag;      // [columns]: 1 where some |x| >= threshold, or x is not finite
+  const void* x;  // [m, columns] of dtype
+  uint8_t* flag;  // [columns]: 1 where some |x| >= threshold, or x is not finite
   float threshold;
   DType dtype;
   int64_t m;

@@ -16,10 +16,10 @@ using Kernel = void (*)(const Args&, int64_t begin, int64_t end);  // tasks [beg
 
 namespace cpu {
 
-Isa isa();                        // the one in use
-Isa best_isa();                   // the best that this CPU and this build have
-void set_isa(Isa isa);            // trusts its argument: callers check against best_isa()
-const char* isa_name(Isa isa);    // "scalar", "avx2", "avx512", "avx512vnni"
+Isa isa();                      // the one in use
+Isa best_isa();                 // the best that this CPU and this build have
+void set_isa(Isa isa);          // trusts its argument: callers check against best_isa()
+const char* isa_name(Isa isa);  // "scalar", "avx2", "avx512", "avx512vnni"
 bool parse_isa(const char* name, Isa* isa);
 
 template <class Args>
@@ -34,30 +34,42 @@ Kernel<Args> kernel_for() {
 }  // namespace fewbit
 
 #if defined(FEWBIT_HAS_X86)
-#define FEWBIT_KERNEL_FOR(Args, avx512vnni_isa)                                   \
-  namespace cpu {                                                                 \
-  namespace scalar { void kernel(const Args&, int64_t begin, int64_t end); }      \
-  namespace avx2 { void kernel(const Args&, int64_t begin, int64_t end); }        \
-  namespace avx512 { void kernel(const Args&, int64_t begin, int64_t end); }      \
-  namespace avx512vnni { void kernel(const Args&, int64_t begin, int64_t end); }  \
-  template <> struct KernelTable<Args> {                                          \
-    static Kernel<Args> get(Isa isa) {                                            \
-      switch (isa) {                                                              \
-        case Isa::avx512vnni: return &avx512vnni_isa::kernel;                     \
-        case Isa::avx512: return &avx512::kernel;                                 \
-        case Isa::avx2: return &avx2::kernel;                                     \
-        default: return &scalar::kernel;                                          \
-      }                                                                           \
-    }                                                                             \
-  };                                                                              \
+#define FEWBIT_KERNEL_FOR(Args, avx512vnni_isa)               \
+  namespace cpu {                                             \
+  namespace scalar {                                          \
+  void kernel(const Args&, int64_t begin, int64_t end);       \
+  }                                                           \
+  namespace avx2 {                                            \
+  void kernel(const Args&, int64_t begin, int64_t end);       \
+  }                                                           \
+  namespace avx512 {                                          \
+  void kernel(const Args&, int64_t begin, int64_t end);       \
+  }                                                           \
+  namespace avx512vnni {                                      \
+  void kernel(const Args&, int64_t begin, int64_t end);       \
+  }                                                           \
+  template <>                                                 \
+  struct KernelTable<Args> {                                  \
+    static Kernel<Args> get(Isa isa) {                        \
+      switch (isa) {                                          \
+        case Isa::avx512vnni: return &avx512vnni_isa::kernel; \
+        case Isa::avx512: return &avx512::kernel;             \
+        case Isa::avx2: return &avx2::kernel;                 \
+        default: return &scalar::kernel;                      \
+      }                                                       \
+    }                                                         \
+  };                                                          \
   }
 #else
-#define FEWBIT_KERNEL_FOR(Args, avx512vnni_isa)                                   \
-  namespace cpu {                                                                 \
-  namespace scalar { void kernel(const Args&, int64_t begin, int64_t end); }      \
-  template <> struct KernelTable<Args> {                                          \
-    static Kernel<Args> get(Isa) { return &scalar::kernel; }                      \
-  };                                                                              \
+#define FEWBIT_KERNEL_FOR(Args, avx512vnni_isa)              \
+  namespace cpu {                                            \
+  namespace scalar {                                         \
+  void kernel(const Args&, int64_t begin, int64_t end);      \
+  }                                                          \
+  template <>                                                \
+  struct KernelTable<Args> {                                 \
+    static Kernel<Args> get(Isa) { return &scalar::kernel; } \
+  };                                                         \
   }
 #endif
 

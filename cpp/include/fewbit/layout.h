@@ -32,7 +32,9 @@ constexpr int64_t panel_rows = 16;
 
 FEWBIT_ALWAYS_INLINE int64_t unit_columns(int bits) { return bits == 3 ? 32 : 32 / bits; }
 FEWBIT_ALWAYS_INLINE int64_t unit_words(int bits) { return bits == 3 ? 3 : 1; }
-FEWBIT_ALWAYS_INLINE bool packable(int64_t bits) { return bits == 2 || bits == 3 || bits == 4 || bits == 8; }
+FEWBIT_ALWAYS_INLINE bool packable(int64_t bits) {
+  return bits == 2 || bits == 3 || bits == 4 || bits == 8;
+}
 
 FEWBIT_ALWAYS_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -44,7 +46,9 @@ struct PackedLayout {
 
   FEWBIT_ALWAYS_INLINE int64_t panels() const { return ceil_div(rows, panel_rows); }
   FEWBIT_ALWAYS_INLINE int64_t groups() const { return ceil_div(columns, group_size); }
-  FEWBIT_ALWAYS_INLINE int64_t group_units() const { return ceil_div(group_size, unit_columns(bits)); }
+  FEWBIT_ALWAYS_INLINE int64_t group_units() const {
+    return ceil_div(group_size, unit_columns(bits));
+  }
   // Units of the last group, which may be short.
   FEWBIT_ALWAYS_INLINE int64_t last_units() const {
     return ceil_div(columns - (groups() - 1) * group_size, unit_columns(bits));
@@ -53,7 +57,9 @@ struct PackedLayout {
     return groups() == 0 ? 0 : (groups() - 1) * group_units() + last_units();
   }
   FEWBIT_ALWAYS_INLINE int64_t padded_columns() const { return units() * unit_columns(bits); }
-  FEWBIT_ALWAYS_INLINE int64_t panel_words() const { return units() * unit_words(bits) * panel_rows; }
+  FEWBIT_ALWAYS_INLINE int64_t panel_words() const {
+    return units() * unit_words(bits) * panel_rows;
+  }
   FEWBIT_ALWAYS_INLINE int64_t words() const { return panels() * panel_words(); }
 };
 

@@ -6,8 +6,8 @@
 namespace fewbit {
 
 struct PseudoQuantize {
-  const void* w;       // [rows, columns] of dtype, row-major
-  void* out;           // [rows, columns] of dtype; may be w itself
+  const void* w;  // [rows, columns] of dtype, row-major
+  void* out;      // [rows, columns] of dtype; may be w itself
   DType dtype;
   int64_t rows;
   int64_t columns;

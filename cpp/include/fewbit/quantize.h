@@ -13,7 +13,7 @@ struct Quantize {
   DType dtype;
   int64_t rows;
   int64_t columns;
-  int64_t group_size;   // 1..max(columns, 1)
+  int64_t group_size;  // 1..max(columns, 1)
   int64_t groups;
   Grid grid;
 

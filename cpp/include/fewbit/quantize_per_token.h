@@ -7,8 +7,8 @@
 //
 // lo = min(0, min x) and hi = max(0, max x). Rounds half to even and divides by s: CPU results
 // equal python/fewbit/reference.py bit for bit. A row of zeros has s = 1. A row with a NaN or an
-// infinity has s = NaN and the least code, so that what is computed from it is NaN. Columns marked in
-// `skip` (LLM.int8()'s outliers, arXiv 2208.07339) count as 0 in range and codes.
+// infinity has s = NaN and the least code, so that what is computed from it is NaN. Columns marked
+// in `skip` (LLM.int8()'s outliers, arXiv 2208.07339) count as 0 in range and codes.
 #pragma once
 #include "fewbit/dtype.h"
 #include "fewbit/kernel.h"
@@ -16,13 +16,13 @@
 namespace fewbit {
 
 struct QuantizePerToken {
-  const void* x;             // [m, columns] of dtype, row-major
-  const uint8_t* skip;       // [columns]; or null
-  const float* fixed_scale;  // one scale for all rows; or null: dynamic
-  const int32_t* fixed_zero; // one zero point; or null
-  int8_t* q;                 // [m, columns]
-  float* scale;              // [m]
-  int32_t* zero_point;       // [m]
+  const void* x;              // [m, columns] of dtype, row-major
+  const uint8_t* skip;        // [columns]; or null
+  const float* fixed_scale;   // one scale for all rows; or null: dynamic
+  const int32_t* fixed_zero;  // one zero point; or null
+  int8_t* q;                  // [m, columns]
+  float* scale;               // [m]
+  int32_t* zero_point;        // [m]
   DType dtype;
   bool symmetric;
   int64_t m;

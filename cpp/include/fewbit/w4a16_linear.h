@@ -27,9 +27,9 @@ FEWBIT_ALWAYS_INLINE int64_t float_block_rows(int64_t m) {
 }
 
 struct W4A16Prepare {
-  const void* x;         // [m, columns] of dtype
-  float* prepared;       // [blocks, padded_columns, block_rows], padding is 0
-  float* group_sum;      // [m, groups]: sum of x over the group; null when m > direct_rows
+  const void* x;     // [m, columns] of dtype
+  float* prepared;   // [blocks, padded_columns, block_rows], padding is 0
+  float* group_sum;  // [m, groups]: sum of x over the group; null when m > direct_rows
   DType dtype;
   int64_t m;
   int64_t block_rows;
@@ -54,7 +54,7 @@ struct W4A16Linear {
   DType scale_dtype;
   int64_t m;
   int64_t block_rows;
-  int64_t strip;              // panels per task
+  int64_t strip;  // panels per task
   PackedLayout layout;
 
   FEWBIT_ALWAYS_INLINE int64_t tasks() const { return ceil_div(layout.panels(), strip); }

@@ -2,9 +2,9 @@
 //
 //   out[m, n] = sum_g s[n, g] sx[m] sum_{k in g} (q[n, k] - z[n, g]) (a[m, k] - za[m]) + bias[n]
 //
-// q are packed codes of 2, 3, 4 or 8 bits (layout.h), a int8 codes with one scale per token. The sum
-// over a group is sum q a - z sum a - za sum (q - z): byte products, the sum of a and the sum of
-// centred codes. It is exact while columns <= max_columns, rounded once to float32; groups are
+// q are packed codes of 2, 3, 4 or 8 bits (layout.h), a int8 codes with one scale per token. The
+// sum over a group is sum q a - z sum a - za sum (q - z): byte products, the sum of a and the sum
+// of centred codes. It is exact while columns <= max_columns, rounded once to float32; groups are
 // added in float32, in order.
 //
 // The same kernel serves float activations with few rows (w4a16_linear): x is written as a 24-bit
@@ -20,10 +20,10 @@
 
 namespace fewbit {
 
-constexpr int64_t fixed_rows = 2;           // most rows that w4a16_linear runs on digits
+constexpr int64_t fixed_rows = 2;  // most rows that w4a16_linear runs on digits
 constexpr int64_t max_digits = 6;
-constexpr int64_t integer_block_rows = 8;   // most rows of one step
-constexpr int64_t max_columns = 1 << 16;    // 255 * 128 * 2^16 < 2^31
+constexpr int64_t integer_block_rows = 8;  // most rows of one step
+constexpr int64_t max_columns = 1 << 16;   // 255 * 128 * 2^16 < 2^31
 
 // Rows of one step: 1, 2, 4 or 8.
 FEWBIT_ALWAYS_INLINE int64_t integer_rows(int64_t m) {
@@ -31,10 +31,10 @@ FEWBIT_ALWAYS_INLINE int64_t integer_rows(int64_t m) {
 }
 
 struct Digits {
-  const void* x;        // [m, columns]: float of dtype, or int8 codes
-  uint32_t* out;        // [blocks, padded_columns / 4, block_rows, digits], 4 columns each; pad 0
-  float* scale;         // [m, groups], written for float x; unused for codes
-  void* sum;            // [m, groups]: sum of v over the group, float for float x, int32 for codes
+  const void* x;  // [m, columns]: float of dtype, or int8 codes
+  uint32_t* out;  // [blocks, padded_columns / 4, block_rows, digits], 4 columns each; pad 0
+  float* scale;   // [m, groups], written for float x; unused for codes
+  void* sum;      // [m, groups]: sum of v over the group, float for float x, int32 for codes
   bool codes;
   DType dtype;
   int64_t m;
@@ -47,11 +47,11 @@ struct Digits {
 FEWBIT_DOT_KERNEL(Digits)
 
 struct W8A8Linear {
-  const uint32_t* x;          // from Digits
-  const float* x_scale;       // [m, groups] from Digits; [m] for codes
-  const void* x_sum;          // [m, groups] from Digits
-  const int32_t* x_zero;      // [m]: za; or null for 0 and for float x
-  const int32_t* code_sum;    // [panels, groups, 16]: sum of q - z; null when x_zero is
+  const uint32_t* x;        // from Digits
+  const float* x_scale;     // [m, groups] from Digits; [m] for codes
+  const void* x_sum;        // [m, groups] from Digits
+  const int32_t* x_zero;    // [m]: za; or null for 0 and for float x
+  const int32_t* code_sum;  // [panels, groups, 16]: sum of q - z; null when x_zero is
   bool codes;
   const uint32_t* packed;     // [panels, units, unit_words, 16]
   const void* scale;          // [panels, groups, 16] of scale_dtype
@@ -63,7 +63,7 @@ struct W8A8Linear {
   DType scale_dtype;
   int64_t m;
   int64_t block_rows;
-  int64_t strip;              // panels per task
+  int64_t strip;  // panels per task
   PackedLayout layout;
 
   FEWBIT_ALWAYS_INLINE int64_t tasks() const { return ceil_div(layout.panels(), strip); }
