@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from . import _C
 from .calibrate import FloatPass, Windows, capture, collect, run_layer, windows
+from .certificate import Probe
 from .errors import UsageError
 from .families import Family, decoder_layers, describe
 from .integrations import attach
@@ -96,8 +97,13 @@ def _run(
     for transform in recipe.transforms:
         if transform.needs_tokens:
             transform.prepare(model, family, recipe.scheme, data.batches)
+    float_transforms = [t for t in recipe.transforms if not t.last]
+    probe = Probe(model, family, float_transforms, data) if float_transforms else None
     for transform in recipe.transforms:
         report.transforms += transform.outside(model, family)
+    if probe is not None:
+        report.certificates = probe.records
+        probe.outside(model)
     inputs = None if data is None else capture(model, family, data)
     # What the float model feeds each layer, where a solver compares with it.
     floats = FloatPass(inputs) if recipe.solver.needs_cross else None
@@ -109,6 +115,8 @@ def _run(
             outputs = None
             config = getattr(model, "config", None)
             context = LayerContext(index, family, config, recipe.scheme, {})
+            if probe is not None:
+                probe.before(layer)
             # What needs no statistics (rotations) comes first, so that they describe its result.
             for transform in recipe.transforms:
                 if not transform.needs_stats and not transform.last:
@@ -118,6 +126,8 @@ def _run(
             for transform in recipe.transforms:
                 if transform.needs_stats:
                     transform.layer(layer, context)
+            if probe is not None:
+                probe.after(layer, name)
             report.transforms += [{"layer": index, **record} for record in context.records]
             float_outputs = None if floats is None else run_layer(layer, floats.inputs)
             records = []

@@ -28,13 +28,18 @@ class LinearRecord:
 
 @dataclass
 class Report:
-    """The result of ``quantize_``: what was done to which linear, and how it went."""
+    """The result of ``quantize_``: what was done to which linear, and how it went.
+
+    ``certificates``: per transformed part of the float model, how far its output on a probe batch
+    moved, and what rounding allows, both relative (certificate.py).
+    """
 
     recipe: dict
     model: str
     calibration: dict = field(default_factory=dict)
     linears: list[LinearRecord] = field(default_factory=list)
     transforms: list[dict] = field(default_factory=list)
+    certificates: list[dict] = field(default_factory=list)
     seconds: float = 0.0
     environment: dict = field(default_factory=dict)
 

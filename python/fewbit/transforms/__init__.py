@@ -51,6 +51,10 @@ class Transform:
         """Change the modules around the layers, in place; returns records for the Report."""
         return []
 
+    def carry(self, hidden: Tensor, family: Family) -> Tensor:
+        """The original model's residual stream as the transformed model holds it."""
+        return hidden
+
     def layer(self, layer: nn.Module, context: LayerContext) -> None:
         """Change one decoder layer, in place, and keep ``context.stats`` in step."""
 

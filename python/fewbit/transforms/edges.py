@@ -62,8 +62,10 @@ def edges(layer: nn.Module, family: Family, config) -> list[Edge]:
             edge.also = tuple(dict.fromkeys((*edge.also, *sub.also)))
         else:
             norms[sub.norm] = Edge("norm", sub.norm, sub.reads, also=sub.also)
-            found.append(norms[sub.norm])
-        if sub.elementwise:
+            if getattr(layer.get_submodule(sub.norm), "weight", None) is not None:
+                found.append(norms[sub.norm])  # fold.RMSNorm has no gain to take a scale
+        online = getattr(layer.get_submodule(sub.writes), "online_hadamard", None)
+        if sub.elementwise and online is None:  # a rotation in between mixes the channels
             rows, channel = inner_channels(layer, sub, config)
             found.append(Edge("inner", sub.inner, (sub.writes,), rows, channel))
     return found

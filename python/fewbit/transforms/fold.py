@@ -174,6 +174,11 @@ class FoldNorm(Transform):
             set_submodule(model, family.final_norm, rms_of(norm))
         return [{"path": family.final_norm, "folded_into": [family.head], "untied": untied}]
 
+    def carry(self, hidden: Tensor, family: Family) -> Tensor:
+        if self.centre and family.norm == "layer":
+            hidden = hidden - hidden.mean(-1, keepdim=True)
+        return hidden
+
     def layer(self, layer: nn.Module, context: LayerContext) -> None:
         family = context.family
         for path, readers in norm_readers(family).items():

@@ -116,6 +116,12 @@ class Rotate(Transform):
         model.config.fewbit_rotation = {k: v for k, v in self.to_dict().items() if k != "name"}
         return [*records, {"path": "", **self.to_dict()}]
 
+    def carry(self, hidden: Tensor, family: Family) -> Tensor:
+        if self.r1 is None:
+            return hidden
+        wide = self._fold(family).carry(hidden.double(), family)
+        return self.residual(family, hidden.shape[-1]).right(wide).to(hidden.dtype)
+
     def layer(self, layer: nn.Module, context: LayerContext) -> None:
         family, config = context.family, context.config
         writers = dict.fromkeys(s.writes for s in family.sublayers)
