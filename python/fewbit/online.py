@@ -131,9 +131,9 @@ def attach(linear: nn.Module, slot: str, module: nn.Module) -> None:
     """Run ``module`` on every input of ``linear``; one module per slot."""
     if slot not in SLOTS:
         raise UsageError(f"slot must be one of {SLOTS}, got {slot!r}")
-    hooked = any(getattr(linear, s, None) is not None for s in SLOTS)
     linear.add_module(slot, module)
-    if not hooked:
+    # Asked of the hooks, not of the slots: after restore_ the slots are gone and the hook is not.
+    if _before not in linear._forward_pre_hooks.values():
         linear.register_forward_pre_hook(_before)
 
 
