@@ -36,3 +36,16 @@ def test_is_a_proper_torch_op():
 def test_says_what_is_wrong():
     with pytest.raises(ValueError, match="group_size must be .* got -3"):
         ops.pseudo_quantize(torch.randn(2, 8), 4, -3)
+
+
+def test_in_place_is_the_same(isa):
+    for dtype in DTYPES:
+        w = hard_weight(9, 70, dtype)
+        want = ops.pseudo_quantize(w, 3, 32)
+        ops.pseudo_quantize_(w, 3, 32)
+        assert torch.equal(w, want)
+    with pytest.raises(ValueError, match="w must be contiguous"):
+        ops.pseudo_quantize_(torch.randn(4, 6).T)
+    torch.library.opcheck(
+        torch.ops.fewbit.pseudo_quantize_.default, (torch.randn(3, 8), 4, 8, False, "float32")
+    )

@@ -24,6 +24,7 @@ __all__ = [
     "pack",
     "pack_fields",
     "pseudo_quantize",
+    "pseudo_quantize_",
     "quantize",
     "quantize_per_token",
     "unpack",
@@ -102,6 +103,25 @@ def pseudo_quantize(
 @torch.library.register_fake("fewbit::pseudo_quantize")
 def _(w, bits, group_size, symmetric, scale_dtype):
     return w.new_empty(w.shape)
+
+
+def pseudo_quantize_(
+    w: Tensor,
+    bits: int = 4,
+    group_size: int = 128,
+    symmetric: bool = False,
+    scale_dtype: str = "float32",
+) -> None:
+    """``pseudo_quantize`` in place: for large weights most of its time is the fresh result.
+
+    ``w`` must be contiguous.
+    """
+    torch.ops.fewbit.pseudo_quantize_(w, bits, group_size, symmetric, scale_dtype)
+
+
+@torch.library.register_fake("fewbit::pseudo_quantize_")
+def _(w, bits, group_size, symmetric, scale_dtype):
+    return None
 
 
 def pack(

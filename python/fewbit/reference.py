@@ -97,6 +97,13 @@ def pseudo_quantize(
     return dequantize(q, s, z, group_size, str(w.dtype).removeprefix("torch."))
 
 
+def pseudo_quantize_(
+    w: Tensor, bits: int, group_size: int, symmetric: bool, scale_dtype: str
+) -> None:
+    """In place."""
+    w.copy_(pseudo_quantize(w, bits, group_size, symmetric, scale_dtype))
+
+
 def act_stats(x: Tensor, sum_abs: Tensor, max_abs: Tensor) -> None:
     """sum_abs += sum |x|, max_abs = max(max_abs, |x|) over rows, in place."""
     magnitude = x.abs()
