@@ -39,6 +39,7 @@ def test_overrides_and_groups():
         (lambda: Scheme(bits=True), "bits must be in 2..8, got True"),
         (lambda: Scheme(group_size=0), "group_size must be -1 .* got 0"),
         (lambda: Scheme(group_size=-7), "group_size must be -1 .* got -7"),
+        (lambda: Scheme(group_size=2**70), "group_size must be .*, above 2147483647"),
         (lambda: Scheme(scale_dtype="int8"), "scale_dtype must be one of"),
         (lambda: Scheme(activations="row"), "activations must be one of"),
     ],

@@ -40,8 +40,7 @@ Tensor coordinate_descent(const Tensor& w, const Tensor& h, const Tensor& q, con
   for (int64_t first = 0; first < rows; first += pass) {
     const int64_t n = first + pass <= rows ? pass : rows - first;
     run(CoordinateDescent{data<char>(in) + first * columns * size_of(dtype), data<float>(hessian),
-                          data<float>(steps) + first * groups,
-                          data<uint8_t>(zero) + first * groups,
+                          data<float>(steps) + first * groups, data<uint8_t>(zero) + first * groups,
                           mutable_data<uint8_t>(out) + first * columns, mutable_data<float>(work),
                           dtype, n, columns, group, groups, sweeps, static_cast<int>(bits)});
   }

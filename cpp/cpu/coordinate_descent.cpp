@@ -29,7 +29,8 @@ static Column load_column(const CoordinateDescent& a, int64_t panel, int64_t k) 
 
 // w - w' of columns [begin, end) of one panel into e [end - begin][16].
 template <class T>
-static void errors(const CoordinateDescent& a, int64_t panel, int64_t begin, int64_t end, float* e) {
+static void errors(const CoordinateDescent& a, int64_t panel, int64_t begin, int64_t end,
+                   float* e) {
   for (int64_t k = begin; k < end; ++k) {
     const Column c = load_column(a, panel, k);
     for (int r = 0; r < lanes; ++r) {

@@ -11,6 +11,7 @@ from torch import Tensor
 from .errors import UsageError
 
 FLOAT_BITS = 16
+MAX_GROUP = 2**31 - 1
 SCALE_DTYPES = ("float32", "float16", "bfloat16")
 ACTIVATION_MODES = ("token", "tensor", "static")
 
@@ -57,9 +58,11 @@ class Scheme:
         _check_bits("bits", self.bits, 2, 8)
         _check_bits("activation_bits", self.activation_bits, 2, FLOAT_BITS)
         _check_bits("kv_bits", self.kv_bits, 2, FLOAT_BITS)
-        if not _is_int(self.group_size) or (self.group_size < 1 and self.group_size != -1):
+        size = self.group_size
+        if not _is_int(size) or not (size == -1 or 1 <= size <= MAX_GROUP):
             raise UsageError(
-                f"group_size must be -1 (whole row) or at least 1, got {self.group_size!r}"
+                f"group_size must be -1 (whole row) or at least 1, got {size!r:.40}"
+                + (f", above {MAX_GROUP}" if _is_int(size) and size > MAX_GROUP else "")
             )
         if self.scale_dtype not in SCALE_DTYPES:
             raise UsageError(f"scale_dtype must be one of {SCALE_DTYPES}, got {self.scale_dtype!r}")

@@ -15,16 +15,16 @@
 namespace fewbit {
 
 struct CoordinateDescent {
-  const void* w;             // [rows, columns] of dtype: what is approximated
-  const float* h;            // [columns, columns] symmetric, its diagonal above 0
-  const float* scale;        // [rows, groups]
-  const uint8_t* zero_point; // [rows, groups]
-  uint8_t* q;                // [rows, columns] codes, changed in place
-  float* work;               // [panels, work_columns(), 16]: g
+  const void* w;              // [rows, columns] of dtype: what is approximated
+  const float* h;             // [columns, columns] symmetric, its diagonal above 0
+  const float* scale;         // [rows, groups]
+  const uint8_t* zero_point;  // [rows, groups]
+  uint8_t* q;                 // [rows, columns] codes, changed in place
+  float* work;                // [panels, work_columns(), 16]: g
   DType dtype;
   int64_t rows;
   int64_t columns;
-  int64_t group_size;        // 1..max(columns, 1)
+  int64_t group_size;  // 1..max(columns, 1)
   int64_t groups;
   int64_t sweeps;
   int bits;
