@@ -31,9 +31,10 @@ TINY = SHAPE | dict(hidden_size=256, num_hidden_layers=2, intermediate_size=512,
 
 def build(shape, dtype):
     torch.manual_seed(0)
+    config = LlamaConfig(**shape, tie_word_embeddings=False)
     with torch.device("meta"):
-        model = LlamaForCausalLM(LlamaConfig(**shape, tie_word_embeddings=False))
-    rotary = LlamaForCausalLM(LlamaConfig(**(TINY | {"head_dim": 128}))).model.rotary_emb
+        model = LlamaForCausalLM(config)
+    rotary = type(model.model.rotary_emb)(config=config)  # its buffer is computed, not loaded
     model = model.to(dtype).to_empty(device="cpu").eval()
     model.model.rotary_emb = rotary
     for name, p in model.named_parameters():
@@ -79,13 +80,12 @@ def speed(model, prompt, tokens, repeats):
 
 @torch.inference_mode()
 def check():
-    model, ids = build(TINY, torch.float32), torch.arange(9)[None]
-    for m in list(model.modules()):
+    ids = torch.arange(9)[None]
+    model, packed = build(TINY, torch.float32), pack(build(TINY, torch.float32), "w4a16g128")
+    for name, m in model.named_modules():
         if type(m) is nn.Linear:
-            w = m.weight.data
-            w.copy_(PackedLinear.from_linear(m, "w4a16g128").weight)
-    want = model(ids).logits
-    close(pack(model, "w4a16g128").forward(ids).logits, want, 1e-4)
+            m.weight.copy_(packed.get_submodule(name).weight)
+    close(packed(ids).logits, model(ids).logits, 1e-4)
 
 
 def main():
