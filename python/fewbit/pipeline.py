@@ -211,8 +211,6 @@ def _check(model: nn.Module, family: Family, recipe: Recipe) -> None:
             f"scheme {scheme} quantises the KV cache, which method {recipe.name!r} does not do: "
             f"use a scheme such as w{scheme.bits}a16g128"
         )
-    if scheme.bits not in PACKABLE_BITS:
-        raise UsageError(f"bits must be one of {PACKABLE_BITS}, got {scheme.bits}")
     layers = decoder_layers(model, family)
     for index, layer in enumerate(layers):
         for path in family.linears():
