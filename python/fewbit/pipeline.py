@@ -15,7 +15,6 @@ from .certificate import Probe
 from .errors import UsageError
 from .families import Family, decoder_layers, describe
 from .integrations import attach
-from .linear import PACKABLE_BITS
 from .linearise import linearise
 from .online import carry
 from .progress import Progress
