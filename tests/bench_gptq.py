@@ -40,7 +40,7 @@ PLAIN = {
 FLOAT = {"opt-tiny": 72.05, "opt-tiny-outliers": 72.05, "llama-tiny": 66.25,
          "llama-tiny-outliers": 66.25}
 SCHEMES = {"w4": "w4a16g128", "w3": "w3a16g128", "w2": "w2a16g64"}
-BEST = dict(order="groups", target="qronos", sweeps=3, true_sequential=True)
+BEST = dict(order="groups", target="qronos", strength=0.25, sweeps=3, true_sequential=True)
 METHODS = {
     "rtn": ("rtn", {}),
     "awq": ("awq", {}),
@@ -51,6 +51,17 @@ METHODS = {
 }
 
 
+TOKENS: dict[tuple[str, str], torch.Tensor] = {}
+
+
+def text_tokens(model: str, part: str, tokenizer) -> torch.Tensor:
+    """Token ids of one of the books' texts, read once a model."""
+    if (model, part) not in TOKENS:
+        text = (SHARED / "data" / f"books_{part}.txt").read_text()
+        TOKENS[model, part] = calibrate.tokenize(text, tokenizer)
+    return TOKENS[model, part]
+
+
 def perplexity_of(name: str, method: str, scheme: str, **options) -> tuple[float, float]:
     """Perplexity, and seconds of all solves."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -58,10 +69,7 @@ def perplexity_of(name: str, method: str, scheme: str, **options) -> tuple[float
     path = SHARED / "models" / name
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(path)
-    train, test = (
-        calibrate.tokenize((SHARED / "data" / f"books_{part}.txt").read_text(), tokenizer)
-        for part in ("calibration", "test")
-    )
+    train, test = (text_tokens(name, part, tokenizer) for part in ("calibration", "test"))
     data = calibrate.cut(train, 256, 32, "books_calibration.txt")
     report = fewbit.quantize_(
         model, method, scheme, data, keep_float=False, progress=False, **options

@@ -76,7 +76,7 @@ def factorize(gram: Tensor, damp: float = 0.01, order: Tensor | None = None) -> 
         raise CalibrationError(
             "the Hessian is zero: no calibration token excites any input of this layer"
         )
-    mean = float(diagonal[live].mean()) if gram.numel() else 1.0
+    mean = float(diagonal.mean()) if gram.numel() else 1.0
     exponent = math.frexp(mean)[1]
     dead = int((~live).sum())
     for rung in range(len(RUNGS) - 1):
