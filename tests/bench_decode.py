@@ -2,7 +2,7 @@
 
 Hidden 2048, 16 layers, ffn 5632, 8 of 16 heads for keys, vocabulary 32000: 0.82 G weights in linear
 layers, the head included. Prefill of 128 tokens, then greedy decoding, in float32, bfloat16, W4A16
-and W4A8 (group 128), and llama.cpp Q4_0 of the same shapes where `xllamacpp` and `gguf` are there.
+and W4A8 (group 128).
 Bars: W4A16 decode >= 6 x float32 and >= 2 x bfloat16, prefill >= float32. The packed model's logits
 are checked against the float model with the same quantised weights first.
 """
