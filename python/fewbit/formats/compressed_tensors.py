@@ -105,6 +105,8 @@ class PackQuantized(Format):
     def symmetric(self, tensors, scheme):
         if scheme.symmetric:
             return True
+        if "weight_zero_point" not in tensors:
+            raise CheckpointError(f"{scheme} is asymmetric, but there is no weight_zero_point")
         n = len(tensors["weight_scale"])  # the last word may have fields beyond it
         zeros = self._unpack(tensors["weight_zero_point"].T, scheme.bits, n)
         return bool((zeros == 1 << (scheme.bits - 1)).all())
