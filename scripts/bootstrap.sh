@@ -19,7 +19,7 @@ if ! command -v c++ >/dev/null || ! "${PYTHON:-python3}" -c 'import venv, ensure
 fi
 [ -x "$python" ] || "${PYTHON:-python3}" -m venv "$venv"
 
-install() { "$python" -m pip install --quiet --disable-pip-version-check "$@" 2> >(grep -v '^WARNING: Location' >&2); }
+install() { "$python" -m pip install -qq --disable-pip-version-check "$@"; }
 # torch first and alone, so that nothing else pulls in another build of it.
 "$python" -c 'import torch' 2>/dev/null || install "${TORCH_SPEC:-torch==2.13.0}"
 install 'scikit-build-core>=0.10' 'pybind11>=2.12' ninja 'cmake>=3.26'
