@@ -136,3 +136,10 @@ def test_the_sample_does_not_depend_on_batching():
     assert samples[0].shape == (180, 48)  # 720 tokens, every fourth
     for other in samples[1:]:
         torch.testing.assert_close(other, samples[0])
+
+
+def test_static_scales_keep_their_type_when_the_model_moves():
+    scheme = Scheme.parse("w4a6", activations="static")
+    codes = Codes(*ops.quantize(torch.randn(8, 16), 4, -1, True, "float16"))
+    module = PseudoInt8Linear(codes, scheme, None, torch.tensor([0.1])).half()
+    assert module.x_scale.dtype == torch.float32 and module.scale.dtype == torch.float16

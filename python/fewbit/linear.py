@@ -21,6 +21,8 @@ class PackedLinear(nn.Module):
     bfloat16; output of the same type, accumulated in float32.
     """
 
+    keeps_type: tuple[str, ...] = ("scale",)  # float buffers that model.to(dtype) leaves alone
+
     def __init__(self, codes: Codes, scheme: Scheme, bias: Tensor | None = None) -> None:
         super().__init__()
         self.out_features, self.in_features = codes.q.shape
@@ -84,10 +86,11 @@ class PackedLinear(nn.Module):
     def _apply(self, fn, recurse=True):
         # model.half() and the like change the type of activations; scales keep theirs, because the
         # codes were computed against them.
-        scale = self.scale
+        before = {name: getattr(self, name) for name in self.keeps_type}
         super()._apply(fn, recurse)
-        if self.scale.dtype != scale.dtype:
-            self.scale = scale.to(self.scale.device)
+        for name, old in before.items():
+            if old is not None and getattr(self, name).dtype != old.dtype:
+                setattr(self, name, old.to(getattr(self, name).device))
         return self
 
     def extra_repr(self) -> str:
@@ -103,6 +106,8 @@ class Int8Linear(PackedLinear):
     ``x_zero_point`` [1] int32 for an asymmetric grid). ``symmetric=False`` gives dynamic
     per-token activations a zero point of their own.
     """
+
+    keeps_type = ("scale", "x_scale")
 
     def __init__(
         self,
@@ -153,13 +158,6 @@ class Int8Linear(PackedLinear):
         )
         return out.reshape(*x.shape[:-1], self.out_features)
 
-    def _apply(self, fn, recurse=True):
-        x_scale = self.x_scale
-        super()._apply(fn, recurse)
-        if x_scale is not None and self.x_scale.dtype != x_scale.dtype:
-            self.x_scale = x_scale.to(self.x_scale.device)
-        return self
-
 
 class MixedInt8Linear(PackedLinear):
     """LLM.int8() (arXiv 2208.07339): int8 but for activation columns beyond ``threshold``.
@@ -168,6 +166,8 @@ class MixedInt8Linear(PackedLinear):
     are used when they are outliers; other outliers meet the dequantised int8 column. ``outliers``
     fixes the set, so that a row's result does not depend on its batch.
     """
+
+    keeps_type = ("scale", "kept_weight")
 
     def __init__(
         self,
@@ -203,10 +203,3 @@ class MixedInt8Linear(PackedLinear):
             self.kept_weight,
         )
         return out.reshape(*x.shape[:-1], self.out_features)
-
-    def _apply(self, fn, recurse=True):
-        kept_weight = self.kept_weight
-        super()._apply(fn, recurse)
-        if kept_weight is not None and self.kept_weight.dtype != kept_weight.dtype:
-            self.kept_weight = kept_weight.to(self.kept_weight.device)
-        return self

@@ -7,12 +7,11 @@ import warnings
 import torch
 from torch import Tensor, nn
 
-from . import linear as linears
 from .errors import CheckpointError, UnsupportedError
 from .formats import Format
 from .formats.bitsandbytes import Bnb4, LlmInt8
 from .linear import PackedLinear
-from .pseudo import PseudoInt8Linear
+from .pseudo import activation_module
 from .scheme import FLOAT_BITS, Codes, Scheme
 from .shards import Shards
 from .stored import Stored
@@ -59,8 +58,7 @@ def build_linear(
         if why is None:
             scale = extras.get("input_scale")
             scale = None if scale is None else scale.float()
-            native = getattr(linears, "Int8Linear", None) if scheme.activation_bits == 8 else None
-            return (native or PseudoInt8Linear)(codes, scheme, bias, scale)
+            return activation_module(codes, scheme, bias, scale)
         warnings.warn(f"{stored.name}: activations stay float: {why}", stacklevel=2)
     if "order" in extras:
         return OrderedLinear(codes, scheme, bias, extras["order"])

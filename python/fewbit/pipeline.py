@@ -78,7 +78,6 @@ def quantize_(
     finally:
         model.train(training)
     report.seconds = time.monotonic() - started
-    model.__dict__["_fewbit_quantized"] = str(recipe.scheme)
     attach(model)
     return report
 
@@ -220,8 +219,6 @@ def _check(model: nn.Module, family: Family, recipe: Recipe) -> None:
                     f"{name} is a {type(linear).__name__}, not a Linear: the model is already "
                     "quantised (fewbit.restore_ undoes it)"
                 )
-            if not bool(linear.weight.isfinite().all()):
-                raise UsageError(f"{name}.weight holds values that are not finite")
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point() and not bool(parameter.isfinite().all()):
             raise UsageError(f"{name} holds values that are not finite")

@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from . import linear as linears
 from .errors import CalibrationError, UsageError
-from .linear import PackedLinear
+from .linear import Int8Linear, PackedLinear
 from .scheme import FLOAT_BITS, Codes, Scheme
 from .stats import Stats
 
@@ -38,6 +37,8 @@ class PseudoInt8Linear(PackedLinear):
     ``scheme.activations`` = "static".
     """
 
+    keeps_type = ("scale", "x_scale")
+
     def __init__(
         self, codes: Codes, scheme: Scheme, bias: Tensor | None = None,
         x_scale: Tensor | None = None,
@@ -67,15 +68,19 @@ def packed_module(
 ) -> nn.Module:
     """The module that runs ``codes``: with ``integer`` on the scheme's quantised activations.
 
-    8-bit activations run in integers where the package has the kernel (``linear.Int8Linear``);
-    other widths, and a package without it, in PseudoInt8Linear. The Report names the class.
+    The Report names the class.
     """
     if not integer or scheme.activation_bits == FLOAT_BITS:
         return PackedLinear(codes, scheme, bias)
     scale = None
     if scheme.activations == "static":
         scale = static_scale(stats, scheme.activation_bits)
-    native = getattr(linears, "Int8Linear", None)
-    if scheme.activation_bits == 8 and native is not None:
-        return native(codes, scheme, bias, scale)
-    return PseudoInt8Linear(codes, scheme, bias, scale)
+    return activation_module(codes, scheme, bias, scale)
+
+
+def activation_module(
+    codes: Codes, scheme: Scheme, bias: Tensor | None, x_scale: Tensor | None
+) -> PackedLinear:
+    """8-bit activations run in integers (Int8Linear), other widths in PseudoInt8Linear."""
+    kind = Int8Linear if scheme.activation_bits == 8 else PseudoInt8Linear
+    return kind(codes, scheme, bias, x_scale)

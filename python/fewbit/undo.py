@@ -73,5 +73,4 @@ def restore_(model: nn.Module) -> nn.Module:
 
 def forget(model: nn.Module) -> None:
     """Drop the copy of the float weights; ``restore_`` is no longer possible."""
-    for mark in (_MARK, "_fewbit_quantized"):
-        model.__dict__.pop(mark, None)
+    model.__dict__.pop(_MARK, None)
