@@ -46,6 +46,7 @@ def test_quantise_eval_inspect_on_a_real_model(shared, tmp_path, run):
         (["--group-size", "100"], 4, "are not a multiple of group_size 100"),
         (["--bits", "9"], 2, "bits must be in 2..8, got 9"),
         (["--scheme", "four"], 2, "scheme 'four' is not of the form"),
+        (["--method", "quarot", "--scheme", "w4a4"], 4, "computes more at run time"),
         (["--format", "zip"], 4, "format 'zip' is not known"),
         (["--threads", "0"], 2, "--threads must be at least 1, got 0"),
     ],

@@ -13,13 +13,14 @@ MODES = ["token", "asymmetric", "tensor", "static", "static asymmetric"]
 
 
 def module(mode, linear, bits=8):
-    scheme = Scheme.parse(f"w{bits}a8", activations=mode.split()[0].replace("asymmetric", "token"))
+    scheme = Scheme.parse(
+        f"w{bits}a8", activations=mode.split()[0].replace("asymmetric", "token"),
+        symmetric_activations="asymmetric" not in mode,
+    )  # fmt: skip
     codes = Codes(*quantize(linear.weight.detach(), bits, -1, True, scheme.scale_dtype))
     fixed = {}
     if "static" in mode:
         fixed["x_scale"] = torch.tensor([0.03])
-    if "asymmetric" in mode:
-        fixed["symmetric"] = False
     if mode == "static asymmetric":
         fixed["x_zero_point"] = torch.tensor([5]).int()
     return Int8Linear(codes, scheme, linear.bias, **fixed)
@@ -86,5 +87,7 @@ def test_says_what_is_wrong():
         Int8Linear(codes, Scheme(bits=8))
     with pytest.raises(UsageError, match="got 'static' without x_scale"):
         Int8Linear(codes, Scheme.parse("w8a8", activations="static"))
+    with pytest.raises(UsageError, match="x_zero_point belongs to static, asymmetric"):
+        Int8Linear(codes, Scheme.parse("w8a8"), x_zero_point=torch.tensor([5]).int())
     with pytest.raises(UsageError, match="needs weights of 8 bits, got 4"):
         MixedInt8Linear(Codes(*quantize(torch.randn(8, 16), 4)), Scheme.parse("w4a8"))

@@ -20,13 +20,18 @@ from .errors import CheckpointError, MissingExtraError, UnsupportedError, UsageE
 from .families import linear_names
 from .integrations import attach
 from .linear import PackedLinear
-from .modules import build_linear, module_tensors
+from .modules import build_linear, format_for, module_tensors
 from .online import online_paths
 from .pipeline import replace_module
-from .scheme import Scheme
+from .recipes import Recipe
 from .shards import Shards, Writer, same_directory
 from .stored import find
 from .transforms.fold import RMSNorm
+
+ONLINE = (
+    "computes more at run time than its linears (an online rotation R3 or R4, activations or a KV "
+    "cache on a grid), which no format that is written here can say; save a weight-only scheme"
+)
 
 
 def transformers():
@@ -65,16 +70,14 @@ def save(
         raise CheckpointError(f"{path} is the directory that the model was read from")
     online = online_paths(model)
     if online:
-        raise UnsupportedError(
-            f"{online[0]} needs an online Hadamard transform (R4), which no format that is written "
-            "here can say; rotate with r4=None to save"
-        )
+        raise UnsupportedError(f"{online[0]} {ONLINE}")
     norms = [n for n, m in model.named_modules() if isinstance(m, RMSNorm)]
     if norms:
         raise UnsupportedError(
             f"{norms[0]} is an RMSNorm where this architecture has a LayerNorm, so that a loaded "
             "model would compute something else; rotate with keeps_mean=True to save"
         )
+    writer_format = format_for(writer_format, packed.values())
     schemes = {name: module.scheme for name, module in packed.items()}
     shapes = {name: (module.out_features, module.in_features) for name, module in packed.items()}
     for name, (n, k) in shapes.items():
@@ -109,9 +112,11 @@ def save(
     return files
 
 
-def check_fits(model: nn.Module, scheme: Scheme, format: str) -> None:
-    """UnsupportedError, before any work, if a linear will have no place in the format."""
-    writer_format = formats.get(format)
+def check_fits(model: nn.Module, recipe: Recipe, format: str) -> None:
+    """UnsupportedError, before any work, if the result will have no place in the format."""
+    writer_format, scheme = formats.get(format), recipe.scheme
+    if any(transform.online for transform in recipe.transforms):
+        raise UnsupportedError(f"method {recipe.name!r} with scheme {scheme} {ONLINE}")
     for name in linear_names(model):
         linear = model.get_submodule(name)
         reason = writer_format.refuse(scheme, linear.out_features, linear.in_features)

@@ -134,7 +134,7 @@ def _quantize(options) -> dict:
         read_text(options.calibration)
     source_dtype = _stored_dtype(Shards(options.model))
     model = load_float(options.model)
-    check_fits(model, recipe.scheme, options.format)
+    check_fits(model, recipe, options.format)
     tokenizer = load_tokenizer(options.model)
     calibration = None if options.calibration is None else Path(options.calibration)
     report = quantize_(

@@ -76,18 +76,23 @@ def convert(
     """
     if to == "gguf":
         return _to_gguf(source, target, rounding)
-    writer_format = formats.get(to)
+    formats.get(to)
     refuse_in_place(source, target)
     shards = Shards(source)
     if "quantization_config" not in shards.config:
         raise CheckpointError(f"{source} is not quantised: its config.json has no such section")
     plan = formats.parse(shards.config["quantization_config"])
+    # A format that is kept keeps what its instance knows (the threshold of LLM.int8()).
+    writer_format = plan.format if plan.format.name == to else formats.get(to)
     stored = find(shards, plan)
     schemes = target_schemes(shards, stored, writer_format)
     taken = {name for module in stored.values() for name in module.names.values()}
     floats = [name for name in shards.by_file() if name not in taken]
     ignore = float_linears(shards, floats, stored)
-    section = writer_format.config(schemes, ignore, **plan.settings)
+    section = writer_format.config(schemes, ignore)
+    notes = list(plan.notes)
+    if getattr(plan.format, "threshold", 0) > getattr(writer_format, "threshold", 0):
+        notes.append(f"{to} says nothing of outlier columns, which LLM.int8() keeps float")
     with Writer(target, max_shard_size) as writer:
         for name in shards.by_file():
             module_name = name.removesuffix("." + plan.format.mark)
@@ -102,7 +107,7 @@ def convert(
         nbytes = writer.total
         files = finish(writer, config, section, side_files(shards.path, SIDE_FILES))
     return Converted(
-        plan.format.name, to, len(stored), nbytes, files, verdicts(target), list(plan.notes)
+        plan.format.name, to, len(stored), nbytes, files, verdicts(target), notes
     )
 
 

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from .errors import MissingExtraError, UnsupportedError, UsageError
+from .online import KV_SLOT as SLOT
 from .online import OnlineHadamard, straight_through
 from .orthogonal import rotation
 
-SLOT = "online_kv"
 PREFIX = "fewbit_"
 
 

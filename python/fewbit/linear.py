@@ -102,9 +102,9 @@ class Int8Linear(PackedLinear):
     """PackedLinear with int8 activations: W8A8, or W4A8 with 4-bit codes; integer sums are exact.
 
     ``scheme.activations`` says how activations are scaled: "token" (one dynamic scale a row),
-    "tensor" (one dynamic scale a call) or "static" (``x_scale`` [1] float32, with
-    ``x_zero_point`` [1] int32 for an asymmetric grid). ``symmetric=False`` gives dynamic
-    per-token activations a zero point of their own.
+    "tensor" (one dynamic scale a call) or "static" (``x_scale`` [1] float32). Without
+    ``scheme.symmetric_activations`` a token has a zero point of its own, and static scales have
+    ``x_zero_point`` [1] int32.
     """
 
     keeps_type = ("scale", "x_scale")
@@ -116,7 +116,6 @@ class Int8Linear(PackedLinear):
         bias: Tensor | None = None,
         x_scale: Tensor | None = None,
         x_zero_point: Tensor | None = None,
-        symmetric: bool = True,
     ) -> None:
         super().__init__(codes, scheme, bias)
         if scheme.activation_bits != 8:
@@ -126,9 +125,13 @@ class Int8Linear(PackedLinear):
                 'x_scale belongs to activations="static" and is needed there, '
                 f"got {scheme.activations!r} {'with' if x_scale is not None else 'without'} x_scale"
             )
-        self.symmetric = symmetric and x_zero_point is None
+        self.symmetric = scheme.symmetric_activations
         if scheme.activations == "tensor" and not self.symmetric:
             raise UsageError('activations="tensor" has a symmetric grid only')
+        if (x_zero_point is not None) != (x_scale is not None and not self.symmetric):
+            raise UsageError(
+                "x_zero_point belongs to static, asymmetric activations and is needed there"
+            )
         sums = None
         if not self.symmetric:
             sums = ops.code_sums(codes.q, codes.zero_point, scheme.group_size)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .errors import CheckpointError, UnsupportedError
 from .formats import Format
 from .formats.bitsandbytes import Bnb4, LlmInt8
-from .linear import PackedLinear
+from .linear import MixedInt8Linear, PackedLinear
 from .pseudo import activation_module
 from .scheme import FLOAT_BITS, Codes, Scheme
 from .shards import Shards
@@ -53,36 +53,51 @@ def build_linear(
         )
     codes, extras = stored.codes(shards)
     scheme = stored.scheme
+    if isinstance(stored.format, LlmInt8) and stored.format.threshold > 0:
+        return MixedInt8Linear(codes, scheme, bias, stored.format.threshold)
     if scheme.activation_bits < FLOAT_BITS:
-        why = _keeps_float(stored, extras)
-        if why is None:
-            scale = extras.get("input_scale")
-            scale = None if scale is None else scale.float()
-            return activation_module(codes, scheme, bias, scale)
-        warnings.warn(f"{stored.name}: activations stay float: {why}", stacklevel=2)
+        scale, zero_point = extras.get("input_scale"), extras.get("input_zero_point")
+        return activation_module(
+            codes,
+            scheme,
+            bias,
+            None if scale is None else scale.float(),
+            None if zero_point is None else zero_point.int(),
+        )
     if "order" in extras:
         return OrderedLinear(codes, scheme, bias, extras["order"])
     return PackedLinear(codes, scheme, bias)
 
 
-def _keeps_float(stored: Stored, extras: dict[str, Tensor]) -> str | None:
-    """Why activations are not quantised although the scheme says so, or None."""
-    if isinstance(stored.format, LlmInt8):
-        return "LLM.int8() keeps outlier columns float, and this loader keeps all of them"
-    if "input_zero_point" in extras:
-        return "asymmetric static activations have no kernel"
-    return None
+def format_for(format: Format, modules: Iterable[PackedLinear]) -> Format:
+    """``format`` as it must be to say all that the modules do: LLM.int8() has one threshold."""
+    if not isinstance(format, LlmInt8):
+        return format
+    found = {m.threshold if isinstance(m, MixedInt8Linear) else 0.0 for m in modules}
+    if len(found) > 1:
+        raise UnsupportedError(f"LLM.int8() holds one threshold a model, not {sorted(found)}")
+    return LlmInt8(*found)
 
 
 def module_tensors(module: PackedLinear, format: Format, name: str) -> dict[str, Tensor]:
     """What the format stores for a module; UnsupportedError names the module that does not fit."""
-    extras = {"order": module.order} if isinstance(module, OrderedLinear) else {}
-    if getattr(module, "x_scale", None) is not None:
-        extras["input_scale"] = module.x_scale
     try:
-        return format.pack(module.codes(), module.scheme, **extras)
+        return format.pack(module.codes(), module.scheme, **extras(module))
     except UnsupportedError as error:
         raise UnsupportedError(f"{name}: {error}") from error
+
+
+def extras(module: PackedLinear) -> dict[str, Tensor]:
+    """What a module has beside its codes, by the names in ``formats.base.EXTRAS``."""
+    zero_point = getattr(module, "x_zero_point", None)
+    found = {
+        "order": getattr(module, "order", None),
+        "input_scale": getattr(module, "x_scale", None),
+        "input_zero_point": None if zero_point is None else zero_point.to(torch.int8),
+        "threshold": getattr(module, "threshold", None),
+        "kept": getattr(module, "kept", None),
+    }
+    return {key: value for key, value in found.items() if value is not None}
 
 
 def _float_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:

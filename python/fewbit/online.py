@@ -17,6 +17,7 @@ from .errors import UsageError
 from .orthogonal import Rotation
 
 SLOTS = ("online_hadamard", "online_quant")  # in the order in which they are applied
+KV_SLOT = "online_kv"  # of an attention module (kv.py)
 
 
 def _run(x: Tensor, base: Tensor | None, signs: Tensor | None) -> Tensor:
@@ -146,10 +147,10 @@ def carry(old: nn.Module, new: nn.Module) -> None:
 
 
 def online_paths(model: nn.Module) -> list[str]:
-    """Paths of the linears whose weights expect an online Hadamard transform."""
+    """Paths of the modules that have something to run beside their weights."""
     return [
-        name for name, m in model.named_modules()
-        if isinstance(getattr(m, "online_hadamard", None), OnlineHadamard)
+        name for name, module in model.named_modules()
+        if any(getattr(module, slot, None) is not None for slot in (*SLOTS, KV_SLOT))
     ]
 
 

@@ -18,6 +18,7 @@ from .integrations import attach
 from .linearise import linearise
 from .online import carry
 from .progress import Progress
+from .pseudo import require_activations
 from .recipes import Recipe, build
 from .report import LinearRecord, Report
 from .scheme import FLOAT_BITS, Scheme
@@ -209,6 +210,7 @@ def _check(model: nn.Module, family: Family, recipe: Recipe) -> None:
             f"scheme {scheme} quantises the KV cache, which method {recipe.name!r} does not do: "
             f"use a scheme such as w{scheme.bits}a16g128"
         )
+    require_activations(scheme, recipe.integer)
     layers = decoder_layers(model, family)
     for index, layer in enumerate(layers):
         for path in family.linears():

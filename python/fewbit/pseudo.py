@@ -78,9 +78,25 @@ def packed_module(
     return activation_module(codes, scheme, bias, scale)
 
 
+def require_activations(scheme: Scheme, integer: bool) -> None:
+    """UsageError for an activation grid that no module of a run can have."""
+    if scheme.activation_bits == FLOAT_BITS or scheme.symmetric_activations:
+        return
+    if not integer or scheme.activation_bits != 8 or scheme.activations != "token":
+        raise UsageError(
+            "symmetric_activations=False needs 8-bit activations scaled per token, and a method "
+            f"that does not rotate; got {scheme} with activations={scheme.activations!r}"
+        )
+
+
 def activation_module(
-    codes: Codes, scheme: Scheme, bias: Tensor | None, x_scale: Tensor | None
+    codes: Codes,
+    scheme: Scheme,
+    bias: Tensor | None,
+    x_scale: Tensor | None = None,
+    x_zero_point: Tensor | None = None,
 ) -> PackedLinear:
     """8-bit activations run in integers (Int8Linear), other widths in PseudoInt8Linear."""
-    kind = Int8Linear if scheme.activation_bits == 8 else PseudoInt8Linear
-    return kind(codes, scheme, bias, x_scale)
+    if scheme.activation_bits == 8:
+        return Int8Linear(codes, scheme, bias, x_scale, x_zero_point)
+    return PseudoInt8Linear(codes, scheme, bias, x_scale)

@@ -15,6 +15,7 @@ from .scheme import FLOAT_BITS, Scheme
 from .solvers import Solver
 from .solvers.clip import Clip
 from .solvers.gptq import GPTQ
+from .solvers.llm_int8 import LLMInt8
 from .solvers.mixed import Mixed
 from .solvers.rtn import RTN
 from .transforms import Transform
@@ -114,6 +115,11 @@ def mixed(
     return Recipe("mixed", Scheme.parse(scheme), solver=Mixed(fraction, by, seed))
 
 
+def llm_int8(scheme: Scheme | str = "w8a8", threshold: float = 6.0) -> Recipe:
+    """LLM.int8() (T. Dettmers et al., 2022): no calibration; ``threshold`` of an outlier column."""
+    return Recipe("llm-int8", Scheme.parse(scheme), solver=LLMInt8(threshold))
+
+
 def gptq(
     scheme: Scheme | str = "w4a16g128",
     sequential: bool = True,
@@ -181,6 +187,7 @@ def _rotated(
 
 METHODS: dict[str, Callable[..., Recipe]] = {
     "rtn": rtn, "awq": awq, "gptq": gptq, "smoothquant": smoothquant, "mixed": mixed,
+    "llm-int8": llm_int8,
     "quarot": quarot, "spinquant": spinquant
 }
 

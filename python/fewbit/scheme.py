@@ -43,7 +43,7 @@ class Scheme:
     the type in which scales are stored; codes are computed against the rounded scale, so storing
     loses nothing. ``activation_bits`` and ``kv_bits`` 16 mean float; below that, activations are
     quantised per ``activations`` = "token" (one dynamic scale a row), "tensor" (one dynamic scale),
-    or "static" (one scale from calibration).
+    or "static" (one scale from calibration); their zero point is 0 with ``symmetric_activations``.
     """
 
     bits: int = 4
@@ -53,6 +53,7 @@ class Scheme:
     activation_bits: int = FLOAT_BITS
     activations: str = "token"
     kv_bits: int = FLOAT_BITS
+    symmetric_activations: bool = True
 
     def __post_init__(self) -> None:
         _check_bits("bits", self.bits, 2, 8)

@@ -194,7 +194,10 @@ class Writer:
 
         path = self.path / f".fewbit-{os.getpid()}-{len(self.files)}.safetensors"
         self.files.append((path, list(self.pending)))
+        path.touch()
+        mode = path.stat().st_mode  # as the umask has it; safetensors makes its files private
         save_file(self.pending, path, metadata={"format": "pt"})
+        path.chmod(mode)
         _sync(path)
         self.pending, self.pending_bytes = {}, 0
         self.homes.clear()

@@ -73,7 +73,10 @@ def test_older_three_bit_files_are_read(k, padded):
 
 @pytest.mark.parametrize("activations", ["token", "static"])
 def test_int_quantized(activations):
-    scheme = Scheme(8, -1, True, activation_bits=8, activations=activations)
+    scheme = Scheme(
+        8, -1, True, activation_bits=8, activations=activations,
+        symmetric_activations=activations == "token",
+    )  # fmt: skip
     codes = random_codes(5, 24, scheme)
     extras = {"input_scale": torch.tensor(0.5), "input_zero_point": torch.tensor(3).char()}
     tensors = INT.pack(codes, scheme, **extras)
@@ -82,6 +85,40 @@ def test_int_quantized(activations):
     assert same(INT.unpack(tensors, scheme), codes)
     want = {key: v.reshape(1) for key, v in extras.items()} if activations == "static" else {}
     assert INT.extras(tensors, scheme) == want
+
+
+@pytest.mark.parametrize(
+    "inputs, mode",
+    [
+        ({"strategy": "token", "dynamic": True, "symmetric": False}, "token"),
+        ({"strategy": "tensor", "dynamic": True}, "tensor"),
+        ({"strategy": "tensor", "symmetric": False}, "static"),
+        ({"dynamic": True}, "token"),
+        ({}, None),
+        ({"strategy": "group"}, None),
+        ({"strategy": "token"}, None),
+    ],
+)
+def test_activation_grids_are_read_or_refused(inputs, mode):
+    config = INT.config({"a": W8A8}, [])
+    config["config_groups"]["group_0"]["input_activations"] = {"num_bits": 8, **inputs}
+    if mode is None and inputs:
+        with pytest.raises(UnsupportedError, match="activations with strategy"):
+            formats.parse(config)
+        return
+    found = formats.parse(config).scheme_of("a")
+    assert found.activations == (mode or "static")
+    assert found.symmetric_activations is inputs.get("symmetric", True)
+
+
+def test_symmetric_activations_have_no_zero_point():
+    scheme = Scheme(8, -1, True, activation_bits=8, activations="static")
+    extras = {"input_scale": torch.ones(1), "input_zero_point": torch.tensor([0]).char()}
+    tensors = INT.pack(random_codes(5, 24, scheme), scheme, **extras)
+    assert INT.extras(tensors, scheme).keys() == {"input_scale"}
+    tensors["input_zero_point"] += 1
+    with pytest.raises(CheckpointError, match="must be 0"):
+        INT.extras(tensors, scheme)
 
 
 def test_one_scale_a_tensor_is_read():

@@ -150,14 +150,16 @@ def test_verdicts_follow_the_engines_rules(case, engines):
 
 
 def test_static_scales_are_kept_or_refused(tmp_path):
-    scheme = Scheme(8, -1, True, activation_bits=8, activations="static")
+    scheme = Scheme(
+        8, -1, True, activation_bits=8, activations="static", symmetric_activations=False
+    )
     target = formats.get("int-quantized")
     extras = {"input_scale": torch.tensor([0.5]), "input_zero_point": torch.tensor([3]).char()}
     with Writer(tmp_path / "a") as writer:
         for i, name in enumerate(LAYERS):
             packed = target.pack(random_codes(*SHAPES[name], scheme, i), scheme, **extras)
             writer.add({f"{name}.{suffix}": tensor for suffix, tensor in packed.items()})
-        section = target.config(dict.fromkeys(LAYERS, scheme), [], static_symmetric=False)
+        section = target.config(dict.fromkeys(LAYERS, scheme), [])
         writer.finish({"quantization_config": section})
     convert(tmp_path / "a", tmp_path / "b", "fewbit")
     convert(tmp_path / "b", tmp_path / "c", "int-quantized")

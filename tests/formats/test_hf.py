@@ -18,7 +18,6 @@ from fewbit.linear import PackedLinear  # noqa: E402
 from fewbit.shards import Shards  # noqa: E402
 
 integrations.install()
-pytestmark = pytest.mark.filterwarnings("ignore:.*activations stay float")
 CASES = [
     ("compressed-tensors", "w4a16g128sym"),
     ("compressed-tensors", "w3a16g64asym"),

@@ -96,5 +96,10 @@ def test_bitsandbytes_config_must_choose():
         formats.parse({"quant_method": "bitsandbytes"})
     plan = formats.parse({"quant_method": "bitsandbytes", "load_in_4bit": True})
     assert isinstance(plan.format, Bnb4)
-    plan = formats.parse(LlmInt8().config({"a": LLM_INT8}, [], threshold=5.0))
-    assert plan.settings["threshold"] == 5.0
+    plan = formats.parse(LlmInt8().config({"a": LLM_INT8}, []))
+    assert plan.format.threshold == 0
+    section = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+    assert formats.parse(section).format.threshold == 6.0
+    assert formats.parse(section | {"llm_int8_threshold": 5}).format.threshold == 5.0
+    with pytest.raises(CheckpointError, match="at least 0"):
+        formats.parse(section | {"llm_int8_threshold": -1})

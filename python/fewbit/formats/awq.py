@@ -86,7 +86,7 @@ class Gemm(Format):
     def symmetric(self, tensors, scheme):
         return bool((tensors["qzeros"] == EIGHTS).all())
 
-    def config(self, schemes, ignore, **settings):
+    def config(self, schemes, ignore):
         scheme = only_scheme({m: replace(s, symmetric=False) for m, s in schemes.items()}, "AWQ")
         for entry in ignore:  # engines test for substrings
             hit = next((name for name in schemes if entry in name), None)

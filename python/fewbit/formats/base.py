@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from dataclasses import field as dataclass_field
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -75,7 +74,7 @@ class Format:
         """What belongs to the Linear beside its codes (static activation scales, column order)."""
         return {}
 
-    def config(self, schemes: Mapping[str, Scheme], ignore: list[str], **settings: Any) -> dict:
+    def config(self, schemes: Mapping[str, Scheme], ignore: list[str]) -> dict:
         """``quantization_config`` for Linears ``schemes`` (by full name) and float ``ignore``."""
         raise NotImplementedError
 
@@ -124,14 +123,12 @@ class Plan:
 
     The first matching rule holds. Whether a module *is* quantised is for its tensors to say, as
     in engines: skip lists are spelt differently by every tool, so they are written, not read.
-    ``notes`` are said to the user; ``settings`` is what else the format's ``config`` needs to write
-    the same again.
+    ``notes`` are said to the user.
     """
 
     format: Format
     rules: tuple[Rule, ...]
     notes: tuple[str, ...] = ()
-    settings: Mapping[str, Any] = dataclass_field(default_factory=dict)
 
     @cached_property
     def _names(self) -> dict[str, int]:
@@ -215,6 +212,8 @@ EXTRAS = {
     "order": "columns in activation order (desc_act), which engines refuse with groups",
     "input_scale": "static activation scales",
     "input_zero_point": "static activation zero points",
+    "threshold": "columns that turn float at a threshold, as in LLM.int8()",
+    "kept": "columns that stay float",
 }
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from ..errors import CheckpointError, UnsupportedError
 from ..scheme import Scheme
 from .base import FLOATS, Format, Plan, Rule, Spec, field, only_scheme, require_codes
-from .compressed_tensors import IntQuantized
+from .compressed_tensors import IntQuantized, per_token
 
 LLM_INT8 = Scheme(8, -1, True, "float32", activation_bits=8)
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -31,11 +31,17 @@ MAX_STATE = 4096  # bytes of the JSON beside a 4-bit weight
 
 
 class LlmInt8(IntQuantized):
+    """``threshold``: activation columns that reach it meet the weight in float; 0 means none."""
+
     name = "llm-int8"
     layout = "LLM.int8()"
     mark = "SCB"
     suffixes = ("weight", "SCB", "weight_format")
-    holds = ()
+    holds = ("threshold",)  # in the config
+
+    def __init__(self, threshold: float = 0.0) -> None:
+        super().__init__()
+        self.threshold = threshold
 
     def expected(self, n, k, scheme):
         return {
@@ -45,8 +51,8 @@ class LlmInt8(IntQuantized):
         }
 
     def refuse(self, scheme, n, k):
-        if scheme.activation_bits != 8 or scheme.activations != "token":
-            return f"LLM.int8() means 8-bit activations scaled per token, not {scheme}"
+        if not per_token(scheme):
+            return f"LLM.int8() means symmetric 8-bit activations scaled per token, not {scheme}"
         return super().refuse(scheme, n, k)
 
     def pack(self, codes, scheme, **extras):
@@ -69,7 +75,7 @@ class LlmInt8(IntQuantized):
     def check(self, tensors, scheme, n, k, name="weight"):
         Format.check(self, tensors, scheme, n, k, name)
 
-    def config(self, schemes, ignore, threshold: float = 6.0, **settings):
+    def config(self, schemes, ignore):
         only_scheme(schemes, "LLM.int8()")
         return {
             "quant_method": "bitsandbytes",
@@ -77,7 +83,7 @@ class LlmInt8(IntQuantized):
             "load_in_4bit": False,
             "_load_in_8bit": True,
             "_load_in_4bit": False,
-            "llm_int8_threshold": threshold,
+            "llm_int8_threshold": self.threshold,
             "llm_int8_skip_modules": list(ignore),
             "llm_int8_has_fp16_weight": False,
             "llm_int8_enable_fp32_cpu_offload": False,
@@ -192,6 +198,8 @@ def parse(config: Mapping) -> Plan:
     if four is field(config, "load_in_8bit", bool, False):
         raise CheckpointError("exactly one of load_in_8bit and load_in_4bit must be true")
     threshold = field(config, "llm_int8_threshold", (int, float), 6.0)
-    scheme = Scheme(4, 64) if four else LLM_INT8
-    rules = (Rule("all", "", scheme),)
-    return Plan(Bnb4() if four else LlmInt8(), rules, settings={"threshold": float(threshold)})
+    if not threshold >= 0:
+        raise CheckpointError(f"llm_int8_threshold must be at least 0, got {threshold}")
+    if four:
+        return Plan(Bnb4(), (Rule("all", "", Scheme(4, 64)),))
+    return Plan(LlmInt8(float(threshold)), (Rule("all", "", LLM_INT8),))

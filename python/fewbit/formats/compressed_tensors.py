@@ -135,7 +135,7 @@ class PackQuantized(Format):
                 tensors[suffix] = torch.empty(shape, dtype=tensor.dtype, device="meta")
         super().check(tensors, scheme, n, k, name)
 
-    def config(self, schemes, ignore, **settings):
+    def config(self, schemes, ignore):
         by_scheme: dict[Scheme, list[str]] = {}
         for name, scheme in schemes.items():
             by_scheme.setdefault(scheme, []).append(name)
@@ -146,7 +146,7 @@ class PackQuantized(Format):
                 "targets": ["Linear"] if len(by_scheme) == 1 else members,
                 "format": self.layout,
                 "weights": _weights(scheme),
-                "input_activations": self._activations(scheme, **settings),
+                "input_activations": self._activations(scheme),
                 "output_activations": None,
             }
         return {
@@ -162,7 +162,7 @@ class PackQuantized(Format):
             "transform_config": {},
         }
 
-    def _activations(self, scheme: Scheme, **settings) -> dict | None:
+    def _activations(self, scheme: Scheme) -> dict | None:
         return None
 
 
@@ -186,7 +186,8 @@ class IntQuantized(PackQuantized):
         }
         if scheme.activations == "static":
             spec["input_scale"] = Spec(FLOATS, (1,))
-            spec["input_zero_point"] = Spec((torch.int8,), (1,), optional=True)
+            optional = scheme.symmetric_activations
+            spec["input_zero_point"] = Spec((torch.int8,), (1,), optional)
         return spec
 
     def refuse(self, scheme, n, k):
@@ -203,8 +204,9 @@ class IntQuantized(PackQuantized):
         weight = (codes.q ^ 0x80).view(torch.int8)  # subtracts 128 modulo 256
         tensors = {"weight": weight, "weight_scale": codes.scale.contiguous()}
         if scheme.activation_bits == 8 and scheme.activations == "static":
-            if "input_scale" not in extras:
-                raise UnsupportedError("static activations need an input_scale from calibration")
+            needed = ("input_scale", "input_zero_point")[: 2 - scheme.symmetric_activations]
+            if not extras.keys() >= set(needed):
+                raise UnsupportedError(f"static activations need {' and '.join(needed)}")
             tensors |= {key: value.reshape(1) for key, value in extras.items()}
         return tensors
 
@@ -216,7 +218,10 @@ class IntQuantized(PackQuantized):
         return Codes(weight.view(torch.uint8) ^ 0x80, scale.contiguous(), zero_point)
 
     def extras(self, tensors, scheme):
-        return {key: tensors[key].reshape(1) for key in self.holds if key in tensors}
+        extras = {key: tensors[key].reshape(1) for key in self.holds if key in tensors}
+        if scheme.symmetric_activations and int(extras.pop("input_zero_point", 0)) != 0:
+            raise CheckpointError("input_zero_point must be 0 for symmetric activations")
+        return extras
 
     def check(self, tensors, scheme, n, k, name="weight"):
         # One scale for the tensor is stored as [1]; it stands for [n, 1].
@@ -229,17 +234,26 @@ class IntQuantized(PackQuantized):
                 tensors[key] = torch.empty(1, dtype=tensors[key].dtype, device="meta")
         Format.check(self, tensors, scheme, n, k, name)
 
-    def _activations(self, scheme, static_symmetric: bool = True, **settings):
+    def _activations(self, scheme):
         if scheme.activation_bits == FLOAT_BITS:
             return None
         token = scheme.activations == "token"
         return {
             "num_bits": 8,
             "type": "int",
-            "symmetric": token or static_symmetric,
+            "symmetric": scheme.symmetric_activations,
             "strategy": "token" if token else "tensor",
             "dynamic": token,
         }
+
+
+def per_token(scheme: Scheme) -> bool:
+    """8-bit activations on a symmetric grid with a dynamic scale a token."""
+    return (
+        scheme.activation_bits == 8
+        and scheme.activations == "token"
+        and scheme.symmetric_activations
+    )
 
 
 def _weights(scheme: Scheme) -> dict:
@@ -285,9 +299,7 @@ def parse(config: Mapping) -> Plan:
     notes = ("the KV cache scheme of the checkpoint is not applied",) * bool(
         config.get("kv_cache_scheme")
     )
-    inputs = next(iter(groups.values())).get("input_activations") or {}
-    settings = {"static_symmetric": inputs.get("symmetric", True) is True}
-    return Plan(_format(layouts.pop(), config), tuple(rules), notes, settings)
+    return Plan(_format(layouts.pop(), config), tuple(rules), notes)
 
 
 def _format(layout: str | None, config: Mapping) -> Format:
@@ -324,10 +336,20 @@ def _scheme(group: Mapping) -> Scheme:
     if inputs:
         if field(inputs, "type", str, "int") != "int" or field(inputs, "num_bits", int, 8) != 8:
             raise UnsupportedError("only 8-bit integer activations are supported")
-        dynamic = field(inputs, "dynamic", bool, False)
         values["activation_bits"] = 8
-        values["activations"] = "token" if dynamic else "static"
+        values["activations"] = _activation_mode(inputs)
+        values["symmetric_activations"] = field(inputs, "symmetric", bool, True)
     return scheme_or_error(**values)
+
+
+def _activation_mode(inputs: Mapping) -> str:
+    dynamic = field(inputs, "dynamic", bool, False)
+    strategy = field(inputs, "strategy", (str, type(None)), None) or ("tensor", "token")[dynamic]
+    modes = {(True, "token"): "token", (True, "tensor"): "tensor", (False, "tensor"): "static"}
+    if (dynamic, strategy) not in modes:
+        kind = "dynamic" if dynamic else "static"
+        raise UnsupportedError(f"{kind} activations with strategy {strategy!r} are not supported")
+    return modes[dynamic, strategy]
 
 
 def _rule(target: str, scheme: Scheme) -> Rule:

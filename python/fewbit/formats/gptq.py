@@ -119,7 +119,7 @@ class Gptq(Format):
         one = sum(1 << at for at in range(0, 32, bits))
         return fields.unpack((stored.to(torch.int64) + one).to(torch.int32), bits, n)
 
-    def config(self, schemes, ignore, **settings):
+    def config(self, schemes, ignore):
         main = Counter(schemes.values()).most_common(1)[0][0]
         dynamic = {f"-:{re.escape(name)}$": {} for name in ignore if name != "lm_head"}
         for name, scheme in schemes.items():
@@ -137,9 +137,9 @@ class Gptq(Format):
             "format": self.name,
             "pack_dtype": "int32",
             "true_sequential": True,
-            "damp_percent": float(settings.get("damp", 0.01)),
+            "damp_percent": 0.01,
             "dynamic": dynamic,
-            "meta": {"quantizer": [settings.get("quantizer", "fewbit")]},
+            "meta": {"quantizer": ["fewbit"]},
         }
 
 

@@ -32,8 +32,10 @@ class Own(PackQuantized):
     def expected(self, n, k, scheme):
         extras = {
             "order": Spec((torch.int32,), (k,), optional=True),
-            "input_scale": Spec(FLOATS, (1,), optional=True),
-            "input_zero_point": Spec((torch.int8,), (1,), optional=True),
+            "input_scale": Spec(FLOATS, (1,), scheme.activations != "static"),
+            "input_zero_point": Spec(
+                (torch.int8,), (1,), scheme.activations != "static" or scheme.symmetric_activations
+            ),
         }
         return super().expected(n, k, scheme) | extras
 
@@ -51,7 +53,7 @@ class Own(PackQuantized):
                 raise CheckpointError("order is not a permutation of the inputs")
         return extras
 
-    def config(self, schemes, ignore, **settings):
+    def config(self, schemes, ignore):
         by_scheme: dict[Scheme, list[str]] = {}
         for name, scheme in schemes.items():
             by_scheme.setdefault(scheme, []).append(name)

@@ -13,7 +13,7 @@ import torch
 from ..errors import UnsupportedError
 from ..scheme import Scheme
 from .base import Format, Plan, Rule, Spec, exact, field, only_scheme
-from .compressed_tensors import IntQuantized
+from .compressed_tensors import IntQuantized, per_token
 
 
 class SmoothQuant(IntQuantized):
@@ -27,8 +27,8 @@ class SmoothQuant(IntQuantized):
         return {"weight": Spec((torch.int8,), (n, k)), "scale": Spec((torch.float32,), (n, 1))}
 
     def refuse(self, scheme, n, k):
-        if scheme.activation_bits != 8 or scheme.activations != "token":
-            return f"smooth_quant means 8-bit activations scaled per token, not {scheme}"
+        if not per_token(scheme):
+            return f"smooth_quant means symmetric 8-bit activations scaled per token, not {scheme}"
         return super().refuse(scheme, n, k)
 
     def pack(self, codes, scheme, **extras):
@@ -46,7 +46,7 @@ class SmoothQuant(IntQuantized):
     def check(self, tensors, scheme, n, k, name="weight"):
         Format.check(self, tensors, scheme, n, k, name)
 
-    def config(self, schemes, ignore, **settings):
+    def config(self, schemes, ignore):
         only_scheme(schemes, "smooth_quant")
         return {
             "quant_method": "smooth_quant",

@@ -19,11 +19,12 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from .. import formats
 from ..errors import CheckpointError, UnsupportedError
 from ..linear import PackedLinear
-from ..modules import OrderedLinear, build_linear, module_tensors
+from ..modules import build_linear, extras, format_for, module_tensors
 from ..shards import Shards
 from ..stored import Stored, find
 
 METHODS = ("fewbit", "awq", "gptq", "compressed-tensors", "smooth_quant")
+FALLBACKS = ("compressed-tensors", "int-quantized", "llm-int8", "fewbit")
 _before: dict[str, tuple] = {}
 
 
@@ -100,7 +101,7 @@ class LiveQuantizer(FewbitQuantizer):
 
     def get_state_dict_and_metadata(self, model):
         packed = {n: m for n, m in model.named_modules() if isinstance(m, PackedLinear)}
-        format = _fitting(packed, self.section)
+        format = format_for(_fitting(packed, self.section), packed.values())
         linears = (n for n, m in model.named_modules() if isinstance(m, nn.Linear))
         section = format.config({n: m.scheme for n, m in packed.items()}, list(linears))
         model.config.quantization_config = self.quantization_config = FewbitConfig(**section)
@@ -122,11 +123,10 @@ def attach(model: nn.Module, section: dict | None = None) -> None:
 def _fitting(packed: dict[str, PackedLinear], section: dict | None) -> formats.Format:
     """The format that the model came from, or the first that holds every Linear."""
     wanted = [formats.parse(section).format] if section else []
-    for format in (*wanted, *map(formats.get, ("compressed-tensors", "int-quantized", "fewbit"))):
+    for format in (*wanted, *map(formats.get, FALLBACKS)):
         linears = packed.values()
         if format.writable and not any(
-            isinstance(m, OrderedLinear)
-            and "order" not in format.holds
+            extras(m).keys() - set(format.holds)
             or format.refuse(m.scheme, m.out_features, m.in_features)
             for m in linears
         ):

@@ -41,6 +41,7 @@ class Transform:
     needs_tokens = False  # True: ``prepare`` reads calibration tokens
     last = False  # True: ``layer`` changes the layer after its linears are packed
     quantizes_activations = False  # True: makes the scheme's activation and KV bits come true
+    online = False  # True: leaves something to compute at run time, beside the weights
 
     def prepare(
         self, model: nn.Module, family: Family, scheme: Scheme, batches: list[Tensor]

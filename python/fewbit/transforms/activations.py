@@ -22,6 +22,7 @@ class QuantizeActivations(Transform):
     """
 
     quantizes_activations = True
+    online = True
     last = True
 
     def __init__(

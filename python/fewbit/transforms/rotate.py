@@ -57,6 +57,10 @@ class Rotate(Transform):
         self.seed, self.keeps_mean = seed, keeps_mean
         self._cache: dict[tuple, Rotation] = {}
 
+    @property
+    def online(self) -> bool:
+        return bool(self.r3 or self.r4)
+
     def to_dict(self) -> dict:
         named = {k: v if v is None or isinstance(v, str) else "given" for k, v in self._kinds()}
         return {"name": "Rotate", **named, "seed": self.seed, "keeps_mean": self.keeps_mean}
