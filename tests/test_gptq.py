@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import published
 from fewbit import _C, ops, reference
 from grids import DTYPES
 
@@ -17,48 +18,33 @@ def hessian(columns, tokens=None, dtype=torch.float64):
     return h + 0.01 * h.diagonal().mean() * torch.eye(columns, dtype=dtype)
 
 
-def coefficients(h, order=None):
-    """C of the op: V_jk / V_kk with V upper and V V^T = h in solving order, float32."""
+def coefficients(h, order=None, dtype=torch.float32):
+    """C of the op: V_jk / V_kk with V upper and V V^T = h in solving order."""
     h = h.double() if order is None else h.double()[order][:, order]
     v = torch.linalg.cholesky(h.flip(0, 1)).flip(0, 1)
-    return (v / v.diagonal()).float()
+    return (v / v.diagonal()).to(dtype)
 
 
-def published(w, h, bits, group_size, symmetric, scale_dtype):
-    """Frantar et al. 2022, algorithm 1, in float64, one column at a time: e_j = (w_j - q_j) / U_jj,
-    w_k -= e_j U_jk with H^-1 = U^T U; a group's grid is fitted to its updated weights."""
-    w = w.double().clone()
-    columns = w.shape[1]
-    group = columns if group_size == -1 else group_size
-    u = torch.linalg.cholesky(torch.linalg.inv(h), upper=True)
-    q = torch.zeros_like(w)
-    scales, zeros = [], []
-    for k in range(columns):
-        if k % group == 0:
-            s, z = reference.fit_grid(w[:, k : k + group].float(), bits, -1, symmetric, scale_dtype)
-            scales.append(s[:, 0])
-            zeros.append(z[:, 0])
-            s, z = s[:, 0].double(), z[:, 0].double()
-        q[:, k] = ((w[:, k] / s).round() + z).clamp(0, 2**bits - 1)
-        e = (w[:, k] - (q[:, k] - z) * s) / u[k, k]
-        w[:, k:] -= e[:, None] * u[k, k:]
-    return q.to(torch.uint8), torch.stack(scales, 1), torch.stack(zeros, 1).to(torch.uint8)
-
-
-@pytest.mark.parametrize("symmetric", [False, True])
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
-@pytest.mark.parametrize(
-    "rows, columns, group_size",
-    [(1, 1, -1), (3, 7, 5), (16, 32, 8), (17, 33, 16), (64, 64, -1), (64, 64, 16), (40, 63, 24)],
-)
-def test_equals_the_published_algorithm_in_float64(isa, rows, columns, group_size, bits, symmetric):
-    torch.manual_seed(2)
-    w, h = torch.randn(rows, columns), hessian(columns)
-    got = ops.gptq(w, coefficients(h), bits, group_size, symmetric, "float16")
-    want = published(w, h, bits, group_size, symmetric, "float16")
-    assert torch.equal(got[0], want[0]) and torch.equal(got[2], want[2])
-    assert got[1].dtype == torch.float16
-    torch.testing.assert_close(got[1].float(), want[1], rtol=2.0**-10, atol=0)  # one ulp of a half
+@pytest.mark.parametrize("given", ["no order", "act-order"])
+def test_equals_the_published_algorithm_in_float64(given):
+    """Any seed, width, grid and shape up to 64 x 64: the same codes on every instruction set."""
+    shapes = [(1, 1, -1), (3, 7, 5), (16, 32, 8), (17, 33, 16), (64, 64, -1), (64, 64, 16),
+              (40, 63, 24), (2, 64, 64), (64, 5, 2)]
+    before = _C.isa()
+    for seed in range(126):  # 7 widths x 2 grids x 9 shapes, each once
+        torch.manual_seed(seed)
+        bits, symmetric, (rows, columns, group) = 2 + seed % 7, seed % 2 == 1, shapes[seed % 9]
+        w, h = torch.randn(rows, columns).to(DTYPES[seed % 3]), hessian(columns)
+        order = h.diagonal().argsort(descending=True) if given == "act-order" else None
+        want = published.gptq(w, h, bits, group, symmetric, order=order)
+        c = coefficients(h, order, torch.float64)
+        fit = "before" if given == "act-order" else "in_order"
+        for isa in _C.available_isas():
+            _C.set_isa(isa)
+            got = ops.gptq(w, c, bits, group, symmetric, "float16", fit, order=order)
+            assert torch.equal(got[0], want[0]) and torch.equal(got[2], want[2]), (seed, isa)
+            assert got[1].dtype == torch.float16 and torch.equal(got[1].double(), want[1]), seed
+    _C.set_isa(before)
 
 
 ORDERS = {
@@ -77,22 +63,27 @@ def test_options_equal_the_reference(isa, fit, points, order):
     if order == "any" and fit == "in_order":  # whole groups change places, their columns inside too
         runs = [g * 48 + torch.randperm(min(48, columns - g * 48)) for g in (2, 0, 4, 3, 1)]
         at = torch.cat(runs)
-    c = coefficients(hessian(columns), at)
-    importance = torch.rand(columns) + 0.1
+    h, importance = hessian(columns), torch.rand(columns, dtype=torch.float64) + 0.1
     for dtype in DTYPES:
         w = torch.randn(rows, columns).to(dtype)
         given = (None, None) if fit != "given" else ops.quantize(w, 4, group)[1:]
         arguments = (4, group, False, "float32", "before" if fit == "given" else fit, points)
-        got = ops.gptq(w, c, *arguments, importance, at, *given)
-        want = reference.gptq(w, c, *arguments, importance, at, *given, 128)
-        same = (got[0] == want[0]).float().mean()
-        assert same == 1.0 if points == 0 else same > 0.999  # two ranges may lose the same
-        torch.testing.assert_close(got[1], want[1], rtol=1e-5 if points == 0 else 1, atol=0)
+        for real in (torch.float64, torch.float32):
+            c, weights = coefficients(h, at, real), importance.to(real)
+            got = ops.gptq(w, c, *arguments, weights, at, *given)
+            want = reference.gptq(w, c, *arguments, weights, at, *given, 128)
+            same = (got[0] == want[0]).float().mean()
+            if real == torch.float64 or points == 0:
+                assert same == 1.0
+                torch.testing.assert_close(got[1], want[1], rtol=1e-5, atol=0)
+            else:
+                assert same > 0.999  # two ranges may lose the same
 
 
+@pytest.mark.parametrize("real", [torch.float32, torch.float64])
 @pytest.mark.parametrize("group_size", [-1, 32, 48, 128, 200])
-def test_block_threads_and_isa_change_no_bit(group_size):
-    w, c = torch.randn(300, 333), coefficients(hessian(333))
+def test_block_threads_and_isa_change_no_bit(group_size, real):
+    w, c = torch.randn(300, 333), coefficients(hessian(333), None, real)
     results, isa, threads = [], _C.isa(), torch.get_num_threads()
     for name in _C.available_isas():
         _C.set_isa(name)
@@ -132,6 +123,8 @@ def test_says_what_is_wrong():
     mixed = torch.tensor([0, 4, 1, 2, 3, 5, 6, 7])
     for arguments, options, message in [
         ((w, torch.eye(7)), {}, r"c must have shape \[8, 8\], got \[7, 7\]"),
+        ((w, c.half()), {}, "c must be float32 or float64, got Half"),
+        ((w, c), {"importance": torch.ones(8).double()}, "importance must be Float, got Double"),
         ((w, c), {"bits": 1}, "bits must be in 2..8, got 1"),
         ((w, c), {"block": 0}, "block must be in 1..256, got 0"),
         ((w, c), {"points": -1}, "points must be at least 0, got -1"),

@@ -121,6 +121,18 @@ inline Tensor empty(std::initializer_list<int64_t> shape, ScalarType type) {
                               type);
 }
 
+// The ScalarType of float or double.
+template <class Real>
+constexpr ScalarType real_type = sizeof(Real) == 8 ? ScalarType::Double : ScalarType::Float;
+
+// Whether an operand that sets the type of the sums is float64; float32 is the other choice.
+inline bool is_double(const Tensor& t, const char* name) {
+  const ScalarType type = t.scalar_type();
+  check(type == ScalarType::Float || type == ScalarType::Double, name,
+        " must be float32 or float64, got ", torch::headeronly::toString(type));
+  return type == ScalarType::Double;
+}
+
 // Row-major, copied only if it is not.
 inline Tensor dense(const Tensor& t) {
   return t.is_contiguous() ? t : torch::stable::contiguous(t);

@@ -9,6 +9,25 @@ namespace {
 // Rows per pass: bounds the scratch, and is enough work for many threads.
 constexpr int64_t pass_rows = 1024;
 
+template <class Real>
+void descend(const Tensor& w, const Tensor& h, const Tensor& scale, const Tensor& zero_point,
+             Tensor& q, int64_t bits, int64_t group, int64_t sweeps) {
+  using Args = CoordinateDescent<Real>;
+  const int64_t rows = w.size(0), columns = w.size(1), groups = scale.size(1);
+  const DType dtype = dtype_of(w, "w");
+  const int64_t pass = rows < pass_rows ? rows : pass_rows;
+  Tensor work =
+      empty({(pass + Args::panel - 1) / Args::panel, columns + Args::padding, Args::panel},
+            real_type<Real>);
+  for (int64_t first = 0; first < rows; first += pass) {
+    const int64_t n = first + pass <= rows ? pass : rows - first;
+    run(Args{data<char>(w) + first * columns * size_of(dtype), data<Real>(h),
+             data<float>(scale) + first * groups, data<uint8_t>(zero_point) + first * groups,
+             mutable_data<uint8_t>(q) + first * columns, mutable_data<Real>(work), dtype, n,
+             columns, group, groups, sweeps, static_cast<int>(bits)});
+  }
+}
+
 }  // namespace
 
 Tensor coordinate_descent(const Tensor& w, const Tensor& h, const Tensor& q, const Tensor& scale,
@@ -18,10 +37,10 @@ Tensor coordinate_descent(const Tensor& w, const Tensor& h, const Tensor& q, con
   const int64_t rows = w.size(0), columns = w.size(1);
   const int64_t group = resolve_group(group_size, columns);
   const int64_t groups = count_groups(columns, group);
-  const DType dtype = dtype_of(w, "w");
+  dtype_of(w, "w");
   check(bits >= 2 && bits <= 8, "bits must be in 2..8, got ", bits);
   check(sweeps >= 0, "sweeps must be at least 0, got ", sweeps);
-  check_dtype(h, ScalarType::Float, "h");
+  const bool wide = is_double(h, "h");
   check_shape(h, {columns, columns}, "h");
   check_dtype(q, ScalarType::Byte, "q");
   check_shape(q, {rows, columns}, "q");
@@ -29,21 +48,11 @@ Tensor coordinate_descent(const Tensor& w, const Tensor& h, const Tensor& q, con
   check_shape(scale, {rows, groups}, "scale");
   check_dtype(zero_point, ScalarType::Byte, "zero_point");
   check_shape(zero_point, {rows, groups}, "zero_point");
-  const Tensor in = dense(w), hessian = dense(h), zero = dense(zero_point);
-  const Tensor steps = dense(torch::stable::to(scale, ScalarType::Float));
   Tensor out = empty({rows, columns}, ScalarType::Byte);
   torch::stable::copy_(out, q);
-  const int64_t pass = rows < pass_rows ? rows : pass_rows;
-  Tensor work = empty({(pass + CoordinateDescent::panel - 1) / CoordinateDescent::panel,
-                       columns + CoordinateDescent::padding, CoordinateDescent::panel},
-                      ScalarType::Float);
-  for (int64_t first = 0; first < rows; first += pass) {
-    const int64_t n = first + pass <= rows ? pass : rows - first;
-    run(CoordinateDescent{data<char>(in) + first * columns * size_of(dtype), data<float>(hessian),
-                          data<float>(steps) + first * groups, data<uint8_t>(zero) + first * groups,
-                          mutable_data<uint8_t>(out) + first * columns, mutable_data<float>(work),
-                          dtype, n, columns, group, groups, sweeps, static_cast<int>(bits)});
-  }
+  const auto descend_as = wide ? descend<double> : descend<float>;
+  descend_as(dense(w), dense(h), dense(torch::stable::to(scale, ScalarType::Float)),
+             dense(zero_point), out, bits, group, sweeps);
   return out;
 }
 

@@ -34,6 +34,30 @@ void check_order(const int64_t* order, int64_t columns, int64_t group, bool runs
   }
 }
 
+// Runs over all rows, a pass at a time; s and z are written, or read where the grid is given.
+template <class Real>
+void solve(const Tensor& w, const Tensor& c, const std::optional<Tensor>& importance,
+           const std::optional<Tensor>& order, Tensor& q, Tensor& s, Tensor& z, int64_t group,
+           int64_t block, int64_t points, GroupFit fit, const Grid& grid) {
+  const int64_t rows = w.size(0), columns = w.size(1), groups = s.size(1);
+  const DType dtype = dtype_of(w, "w");
+  const int64_t pass = rows < pass_rows ? rows : pass_rows;
+  const int64_t panels = (pass + Gptq<Real>::panel - 1) / Gptq<Real>::panel;
+  const int64_t tasks = (panels + Gptq<Real>::task_panels - 1) / Gptq<Real>::task_panels;
+  Tensor work = empty({panels, columns + Gptq<Real>::padding, Gptq<Real>::panel}, real_type<Real>);
+  Tensor group_work = empty({tasks, group, Gptq<Real>::panel}, real_type<Real>);
+  for (int64_t first = 0; first < rows; first += pass) {
+    const int64_t n = first + pass <= rows ? pass : rows - first;
+    run(Gptq<Real>{data<char>(w) + first * columns * size_of(dtype), data<Real>(c),
+                   importance ? data<Real>(*importance) : nullptr,
+                   order ? data<int64_t>(*order) : nullptr, mutable_data<Real>(work),
+                   mutable_data<Real>(group_work), mutable_data<uint8_t>(q) + first * columns,
+                   mutable_data<float>(s) + first * groups,
+                   mutable_data<uint8_t>(z) + first * groups, dtype, n, columns, group, groups,
+                   block, points, fit, grid});
+  }
+}
+
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor> gptq(const Tensor& w, const Tensor& c, int64_t bits,
@@ -47,19 +71,19 @@ std::tuple<Tensor, Tensor, Tensor> gptq(const Tensor& w, const Tensor& c, int64_
   const int64_t group = resolve_group(group_size, columns);
   const int64_t groups = count_groups(columns, group);
   const Grid grid = make_grid(bits, symmetric, scale_dtype);
-  const DType dtype = dtype_of(w, "w");
-  check_dtype(c, ScalarType::Float, "c");
+  dtype_of(w, "w");
+  const bool wide = is_double(c, "c");
   check_shape(c, {columns, columns}, "c");
   check(points >= 0, "points must be at least 0, got ", points);
-  check(block >= 1 && block <= Gptq::max_block, "block must be in 1..", Gptq::max_block, ", got ",
-        block);
+  check(block >= 1 && block <= Gptq<float>::max_block, "block must be in 1..",
+        Gptq<float>::max_block, ", got ", block);
   check(scale.has_value() == zero_point.has_value(),
         "scale and zero_point must be given together, or neither");
   GroupFit group_fit = fit_named(fit);
   if (scale) group_fit = GroupFit::given;
   std::optional<Tensor> weights, at;
   if (importance) {
-    check_dtype(*importance, ScalarType::Float, "importance");
+    check_dtype(*importance, c.scalar_type(), "importance");
     check_shape(*importance, {columns}, "importance");
     weights = dense(*importance);
   }
@@ -77,22 +101,9 @@ std::tuple<Tensor, Tensor, Tensor> gptq(const Tensor& w, const Tensor& c, int64_
     torch::stable::copy_(s, *scale);
     torch::stable::copy_(z, *zero_point);
   }
-  const Tensor in = dense(w), coefficients = dense(c);
   Tensor q = empty({rows, columns}, ScalarType::Byte);
-  const int64_t pass = rows < pass_rows ? rows : pass_rows;
-  const int64_t panels = (pass + Gptq::panel - 1) / Gptq::panel;
-  const int64_t tasks = (panels + Gptq::task_panels - 1) / Gptq::task_panels;
-  Tensor work = empty({panels, columns + Gptq::padding, Gptq::panel}, ScalarType::Float);
-  Tensor group_work = empty({tasks, group, Gptq::panel}, ScalarType::Float);
-  for (int64_t first = 0; first < rows; first += pass) {
-    const int64_t n = first + pass <= rows ? pass : rows - first;
-    run(Gptq{data<char>(in) + first * columns * size_of(dtype), data<float>(coefficients),
-             weights ? data<float>(*weights) : nullptr, at ? data<int64_t>(*at) : nullptr,
-             mutable_data<float>(work), mutable_data<float>(group_work),
-             mutable_data<uint8_t>(q) + first * columns, mutable_data<float>(s) + first * groups,
-             mutable_data<uint8_t>(z) + first * groups, dtype, n, columns, group, groups, block,
-             points, group_fit, grid});
-  }
+  const auto solve_as = wide ? solve<double> : solve<float>;
+  solve_as(dense(w), dense(c), weights, at, q, s, z, group, block, points, group_fit, grid);
   if (grid.scale_dtype != DType::f32)  // exact: the kernel has rounded
     s = torch::stable::to(s, scalar_type(grid.scale_dtype));
   return {q, s, z};

@@ -1,5 +1,5 @@
-// The whole SIMD vocabulary of the CPU kernels: F32, I32, U32 (32-bit lanes) and Dot (sums of byte
-// products), one branch per instruction set. Kernels are written once against it. Included by
+// The whole SIMD vocabulary of the CPU kernels: F32, I32, U32 (32-bit lanes), F64 and Dot (sums of
+// byte products), one branch per instruction set. Kernels are written once against it. Included by
 // kernel files only, which are compiled once per ISA with FEWBIT_ISA naming their namespace;
 // nothing here may be shared between ISAs, so everything lives in that namespace and no std::
 // inline function is used.
@@ -154,6 +154,30 @@ FEWBIT_INLINE F32 butterflies(F32 a) {
   return a;
 }
 
+struct F64 {
+  static constexpr int width = 8;
+  __m512d v;
+
+  FEWBIT_INLINE_MEMBER static F64 set(double a) { return {_mm512_set1_pd(a)}; }
+  FEWBIT_INLINE_MEMBER static F64 zero() { return {_mm512_setzero_pd()}; }
+  FEWBIT_INLINE_MEMBER static F64 load(const double* p) { return {_mm512_loadu_pd(p)}; }
+  FEWBIT_INLINE_MEMBER static F64 load(const float* p) {
+    return {_mm512_maskz_cvtps_pd(0xFF, _mm256_loadu_ps(p))};  // unmasked, GCC 12 warns
+  }
+  FEWBIT_INLINE_MEMBER void store(double* p) const { _mm512_storeu_pd(p, v); }
+};
+
+FEWBIT_INLINE F64 operator+(F64 a, F64 b) { return {_mm512_add_pd(a.v, b.v)}; }
+FEWBIT_INLINE F64 operator-(F64 a, F64 b) { return {_mm512_sub_pd(a.v, b.v)}; }
+FEWBIT_INLINE F64 operator*(F64 a, F64 b) { return {_mm512_mul_pd(a.v, b.v)}; }
+FEWBIT_INLINE F64 operator/(F64 a, F64 b) { return {_mm512_div_pd(a.v, b.v)}; }
+FEWBIT_INLINE F64 min(F64 a, F64 b) { return {_mm512_min_pd(a.v, b.v)}; }
+FEWBIT_INLINE F64 max(F64 a, F64 b) { return {_mm512_max_pd(a.v, b.v)}; }
+FEWBIT_INLINE F64 round(F64 a) {
+  return {_mm512_roundscale_pd(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
+}
+FEWBIT_INLINE F64 fma(F64 a, F64 b, F64 c) { return {_mm512_fmadd_pd(a.v, b.v, c.v)}; }
+
 FEWBIT_INLINE U32 load_u32(const uint32_t* p) { return {_mm512_loadu_si512(p)}; }
 FEWBIT_INLINE U32 operator>>(U32 a, int n) { return {_mm512_srli_epi32(a.v, unsigned(n))}; }
 FEWBIT_INLINE U32 operator<<(U32 a, int n) { return {_mm512_slli_epi32(a.v, unsigned(n))}; }
@@ -302,6 +326,30 @@ FEWBIT_INLINE F32 butterflies(F32 a) {
   return a;
 }
 
+struct F64 {
+  static constexpr int width = 4;
+  __m256d v;
+
+  FEWBIT_INLINE_MEMBER static F64 set(double a) { return {_mm256_set1_pd(a)}; }
+  FEWBIT_INLINE_MEMBER static F64 zero() { return {_mm256_setzero_pd()}; }
+  FEWBIT_INLINE_MEMBER static F64 load(const double* p) { return {_mm256_loadu_pd(p)}; }
+  FEWBIT_INLINE_MEMBER static F64 load(const float* p) {
+    return {_mm256_cvtps_pd(_mm_loadu_ps(p))};
+  }
+  FEWBIT_INLINE_MEMBER void store(double* p) const { _mm256_storeu_pd(p, v); }
+};
+
+FEWBIT_INLINE F64 operator+(F64 a, F64 b) { return {_mm256_add_pd(a.v, b.v)}; }
+FEWBIT_INLINE F64 operator-(F64 a, F64 b) { return {_mm256_sub_pd(a.v, b.v)}; }
+FEWBIT_INLINE F64 operator*(F64 a, F64 b) { return {_mm256_mul_pd(a.v, b.v)}; }
+FEWBIT_INLINE F64 operator/(F64 a, F64 b) { return {_mm256_div_pd(a.v, b.v)}; }
+FEWBIT_INLINE F64 min(F64 a, F64 b) { return {_mm256_min_pd(a.v, b.v)}; }
+FEWBIT_INLINE F64 max(F64 a, F64 b) { return {_mm256_max_pd(a.v, b.v)}; }
+FEWBIT_INLINE F64 round(F64 a) {
+  return {_mm256_round_pd(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
+}
+FEWBIT_INLINE F64 fma(F64 a, F64 b, F64 c) { return {_mm256_fmadd_pd(a.v, b.v, c.v)}; }
+
 FEWBIT_INLINE U32 load_u32(const uint32_t* p) { return {_mm256_loadu_si256((const __m256i*)p)}; }
 FEWBIT_INLINE U32 operator>>(U32 a, int n) { return {_mm256_srli_epi32(a.v, n)}; }
 FEWBIT_INLINE U32 operator<<(U32 a, int n) { return {_mm256_slli_epi32(a.v, n)}; }
@@ -380,6 +428,26 @@ FEWBIT_INLINE float reduce_min(F32 a) { return a.v; }
 FEWBIT_INLINE float reduce_max(F32 a) { return a.v; }
 FEWBIT_INLINE F32 butterflies(F32 a) { return a; }
 
+struct F64 {
+  static constexpr int width = 1;
+  double v;
+
+  FEWBIT_INLINE_MEMBER static F64 set(double a) { return {a}; }
+  FEWBIT_INLINE_MEMBER static F64 zero() { return {0.0}; }
+  FEWBIT_INLINE_MEMBER static F64 load(const double* p) { return {*p}; }
+  FEWBIT_INLINE_MEMBER static F64 load(const float* p) { return {double(*p)}; }
+  FEWBIT_INLINE_MEMBER void store(double* p) const { *p = v; }
+};
+
+FEWBIT_INLINE F64 operator+(F64 a, F64 b) { return {a.v + b.v}; }
+FEWBIT_INLINE F64 operator-(F64 a, F64 b) { return {a.v - b.v}; }
+FEWBIT_INLINE F64 operator*(F64 a, F64 b) { return {a.v * b.v}; }
+FEWBIT_INLINE F64 operator/(F64 a, F64 b) { return {a.v / b.v}; }
+FEWBIT_INLINE F64 min(F64 a, F64 b) { return {a.v < b.v ? a.v : b.v}; }
+FEWBIT_INLINE F64 max(F64 a, F64 b) { return {a.v > b.v ? a.v : b.v}; }
+FEWBIT_INLINE F64 round(F64 a) { return {__builtin_nearbyint(a.v)}; }
+FEWBIT_INLINE F64 fma(F64 a, F64 b, F64 c) { return {__builtin_fma(a.v, b.v, c.v)}; }
+
 FEWBIT_INLINE U32 load_u32(const uint32_t* p) { return {*p}; }
 FEWBIT_INLINE U32 operator>>(U32 a, int n) { return {a.v >> n}; }
 FEWBIT_INLINE U32 operator<<(U32 a, int n) { return {a.v << n}; }
@@ -423,6 +491,18 @@ FEWBIT_INLINE F32 low_bits(U32 a) {
 // bits (wide_dot is false) it is exact for `dot_steps` additions while q |x| <= 255 * 8, that is
 // |sum of a 16-bit half| <= 8 * 2 * 255 * 8 < 2^15.
 constexpr int dot_steps = 8;
+
+// The vector of a float type.
+template <class Real>
+struct VectorOf {
+  using type = F32;
+};
+template <>
+struct VectorOf<double> {
+  using type = F64;
+};
+template <class Real>
+using Vector = typename VectorOf<Real>::type;
 
 // element<T*> is T: the type behind the tag that with_type passes.
 template <class T>

@@ -20,7 +20,7 @@ from . import ops
 from .errors import CalibrationError
 from .families import Family, decoder_layers
 from .linearise import Experts
-from .stats import Stats
+from .stats import Stats, sum_type
 
 
 @dataclass
@@ -358,7 +358,7 @@ class _Sums:
         k, device = linear.in_features, linear.weight.device
         self.sum_abs = torch.zeros(k, dtype=torch.float64, device=device)
         self.max_abs = torch.zeros(k, device=device)
-        self.gram = torch.zeros(k, k, device=device)
+        self.gram = torch.zeros(k, k, dtype=sum_type(k, device), device=device)
         self.cross: Tensor | None = None
         self.floating, self.float_input = False, None
         self.sample: list[tuple[int, Tensor]] = []
@@ -399,7 +399,7 @@ class _Sums:
             self.sample = [(i, row) for i, row in self.sample if i % self.stride == 0]
 
     def stats(self) -> Stats:
-        cross = None if self.cross is None else self.cross.float()
+        cross = None if self.cross is None else self.cross.to(self.gram.dtype)
         routed = self.experts is not None
         sample = torch.stack([row for _, row in self.sample]) if self.sample else None
         sums = self.sum_abs.float()

@@ -190,7 +190,8 @@ def _(x, sum_abs, max_abs):
 
 
 def gram(x: Tensor, g: Tensor) -> None:
-    """``g`` float32 [channels, channels] += x^T x for ``x`` [tokens, channels], in place.
+    """``g`` [channels, channels] float32 or float64 += x^T x for ``x`` [tokens, channels], in
+    place.
 
     On the CPU every entry is one chain of fused multiply-adds over tokens in order: the result is
     exactly symmetric and does not depend on threads or on how tokens were batched.
@@ -216,10 +217,10 @@ def coordinate_descent(
     """Codes uint8 [out_features, in_features] with a lower error (w - w') H (w - w')^T per row.
 
     Starts from ``q``, ``scale`` and ``zero_point`` as ``quantize`` or ``gptq`` return them; ``w``
-    [out_features, in_features] float32, float16 or bfloat16; ``h`` float32 [in_features,
-    in_features], symmetric with a positive diagonal. Each of ``sweeps`` visits every column in
-    order and puts it on the point of its grid that is best given all others. Equations:
-    cpp/include/fewbit/coordinate_descent.h.
+    [out_features, in_features] float32, float16 or bfloat16; ``h`` [in_features, in_features],
+    symmetric with a positive diagonal, float32 or float64: the type of all sums. Each of ``sweeps``
+    visits every column in order and puts it on the point of its grid that is best given all others.
+    Equations: cpp/include/fewbit/coordinate_descent.h.
     """
     return torch.ops.fewbit.coordinate_descent(
         w, h, q, scale, zero_point, bits, group_size, sweeps
@@ -248,13 +249,14 @@ def gptq(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Codes of ``w`` [out_features, in_features], column by column, errors compensated.
 
-    ``c`` float32 [in_features, in_features]: V_jk / V_kk above the diagonal, V the upper factor of
-    H = V V^T in solving order. ``order`` int64 [in_features]: the column solved k-th (None: left to
-    right). ``fit``: "in_order" fits a group to the updated weights when it is reached (``order``
-    must keep its columns side by side), "before" to the weights as they come; or ``scale`` and
-    ``zero_point`` are given. ``points`` ranges per group are tried, least sum of ``importance``
-    [in_features] times squared error wins; 0: the range of the group. Returns as ``quantize``;
-    equations: cpp/include/fewbit/gptq.h. ``block`` (1..256) changes the speed, never a bit.
+    ``c`` [in_features, in_features]: V_jk / V_kk above the diagonal, V the upper factor of
+    H = V V^T in solving order; its type, float64 or float32, is that of the recursion. ``order``
+    int64 [in_features]: the column solved k-th (None: left to right). ``fit``: "in_order" fits a
+    group to the updated weights when it is reached (``order`` must keep its columns side by side),
+    "before" to the weights as they come; or ``scale`` and ``zero_point`` are given. ``points``
+    ranges per group are tried, least sum of ``importance`` [in_features], of c's type, times
+    squared error wins; 0: the range of the group. Returns as ``quantize``; equations:
+    cpp/include/fewbit/gptq.h. ``block`` (1..256) changes the speed, never a bit.
     """
     return torch.ops.fewbit.gptq(
         w, c, bits, group_size, symmetric, scale_dtype, fit, points, importance, order, scale,

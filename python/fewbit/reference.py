@@ -114,7 +114,7 @@ def act_stats(x: Tensor, sum_abs: Tensor, max_abs: Tensor) -> None:
 
 def gram(x: Tensor, g: Tensor) -> None:
     """g += x^T x, in place."""
-    x = x.float()
+    x = x.to(g.dtype)
     g += x.T @ x
 
 
@@ -142,7 +142,7 @@ def gptq(
     t = t.clone() if order is None else t[:, order]
     original, c = t.clone(), c.to(t.dtype)
     at = torch.arange(columns, device=w.device) if order is None else order
-    importance = w.new_ones(columns, dtype=torch.float32) if importance is None else importance
+    importance = t.new_ones(columns) if importance is None else importance.to(t.dtype)
     groups = -(-columns // group)
     s = w.new_zeros((rows, groups), dtype=torch.float32)
     z = torch.zeros_like(s)
@@ -151,7 +151,7 @@ def gptq(
     if fit == "before":
         for g in range(groups):
             span = slice(g * group, (g + 1) * group)
-            s[:, g], z[:, g] = _search_range(w[:, span].float(), importance[span], points, grid)
+            s[:, g], z[:, g] = _search_range(w[:, span].to(t.dtype), importance[span], points, grid)
     q = torch.zeros_like(t)
     reached = set()
     for k in range(columns):
@@ -162,7 +162,7 @@ def gptq(
             for i in range(end - k):
                 moved = original[:, k + i] - best[:, i]
                 best[:, i + 1 :] += moved[:, None] * c[k + i, k + i + 1 : end]
-            s[:, g], z[:, g] = _search_range(best.float(), importance[at[k:end]], points, grid)
+            s[:, g], z[:, g] = _search_range(best, importance[at[k:end]], points, grid)
             reached.add(g)
         step, zero = s[:, g].to(t.dtype), z[:, g].to(t.dtype)
         q[:, k] = ((t[:, k] / step).round() + zero).clamp(0, 2.0**bits - 1)
@@ -182,7 +182,7 @@ def _search_range(
     best = least = None
     for i in range(max(points, 1)):
         shrink = torch.tensor(0.8) * i / max(points, 1)
-        ends = torch.stack((x.amin(1).clamp(max=0.0), x.amax(1).clamp(min=0.0)), 1)
+        ends = torch.stack((x.amin(1).clamp(max=0.0), x.amax(1).clamp(min=0.0)), 1).float()
         s, z = fit_grid(ends * (1.0 - shrink).to(x.device), *grid)
         d = x - (((x / s).round() + z).clamp(0, 2.0**bits - 1) - z) * s
         loss = (d.square() * importance).sum(1, keepdim=True)

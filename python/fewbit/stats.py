@@ -7,17 +7,26 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+EXACT_COLUMNS = 1024  # up to here float64 sums and factors cost little
+
+
+def sum_type(columns: int, device: torch.device | None = None) -> torch.dtype:
+    """The type of [columns, columns] statistics: float64 where that is cheap, else float32."""
+    exact = columns <= EXACT_COLUMNS and (device is None or device.type != "mps")
+    return torch.float64 if exact else torch.float32
+
 
 @dataclass
 class Stats:
     """Sums over the real (unmasked) tokens that entered a linear with ``in_features`` = K inputs.
 
     ``tokens``: how many; ``sum_abs`` and ``max_abs`` [K] float32 of the token values; ``gram``
-    [K, K] float32, G = X^T X. G is sufficient for every quadratic loss: with dW = W' - W the output
-    error of a layer is ||X dW^T||^2 = tr(dW G dW^T). ``cross`` [K, K] float32, for solvers that ask
-    for it: (X_float - X)^T X, with the inputs that the linear gets in the float model. ``routed``:
-    the linear is an expert, which sees only the tokens that its router sends. ``sample`` [at most
-    256, K] float32: inputs at even distances through the calibration, for what no sum can tell.
+    [K, K] of ``sum_type(K)``, G = X^T X. G is sufficient for every quadratic loss: with dW = W' - W
+    the output error of a layer is ||X dW^T||^2 = tr(dW G dW^T). ``cross`` [K, K], of the same type,
+    for solvers that ask for it: (X_float - X)^T X, with the inputs that the linear gets in the
+    float model. ``routed``: the linear is an expert, which sees only the tokens that its router
+    sends. ``sample`` [at most 256, K] float32: inputs at even distances through the calibration,
+    for what no sum can tell.
     """
 
     tokens: int
@@ -46,7 +55,7 @@ class Stats:
 
     def output_loss(self, dw: Tensor) -> float:
         """||X dW^T||^2 / tokens for a weight change ``dw`` [N, K]: mean squared row error."""
-        dw = dw.to(torch.float32)
+        dw = dw.to(self.gram.dtype)
         return float(((dw @ self.gram) * dw).sum(dtype=torch.float64)) / max(self.tokens, 1)
 
     def output_energy(self, w: Tensor) -> float:

@@ -14,13 +14,15 @@
 
 namespace fewbit {
 
+// Real: float or double, the type of g and H.
+template <class Real>
 struct CoordinateDescent {
   const void* w;              // [rows, columns] of dtype: what is approximated
-  const float* h;             // [columns, columns] symmetric, its diagonal above 0
+  const Real* h;              // [columns, columns] symmetric, its diagonal above 0
   const float* scale;         // [rows, groups]
   const uint8_t* zero_point;  // [rows, groups]
   uint8_t* q;                 // [rows, columns] codes, changed in place
-  float* work;                // [panels, work_columns(), 16]: g
+  Real* work;                 // [panels, work_columns(), 16]: g
   DType dtype;
   int64_t rows;
   int64_t columns;
@@ -38,6 +40,7 @@ struct CoordinateDescent {
   FEWBIT_ALWAYS_INLINE int64_t tasks() const { return (panels() + task_panels - 1) / task_panels; }
 };
 
-FEWBIT_KERNEL(CoordinateDescent)
+FEWBIT_KERNEL(CoordinateDescent<float>)
+FEWBIT_KERNEL(CoordinateDescent<double>)
 
 }  // namespace fewbit

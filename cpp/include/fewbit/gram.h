@@ -1,8 +1,9 @@
 // Gram matrix of activations: G += X^T X.
 //
 // Each entry is one chain of fused multiply-adds over tokens in order, starting from the value
-// already in G: the result does not depend on threads, tiles or on how tokens were batched. Only
-// tiles on or above the diagonal are computed; the rest is mirrored, so G is exactly symmetric.
+// already in G, in the type of G (products of float32 are exact in double): the result does not
+// depend on threads, tiles or on how tokens were batched. Only tiles on or above the diagonal are
+// computed; the rest is mirrored, so G is exactly symmetric.
 #pragma once
 #include "fewbit/dtype.h"
 #include "fewbit/kernel.h"
@@ -21,9 +22,10 @@ struct GramPanels {
 
 FEWBIT_KERNEL(GramPanels)
 
+template <class Real>
 struct Gram {
   const float* x;  // [panels, tokens, 16]: channel panels, padded with 0 (see GramPanels)
-  float* g;        // [channels, channels]; entries on and above the diagonal are updated
+  Real* g;         // [channels, channels]; entries on and above the diagonal are updated
   int64_t tokens;
   int64_t channels;
 
@@ -34,16 +36,19 @@ struct Gram {
   FEWBIT_ALWAYS_INLINE int64_t tasks() const { return blocks() * (blocks() + 1) / 2; }
 };
 
-FEWBIT_KERNEL(Gram)
+FEWBIT_KERNEL(Gram<float>)
+FEWBIT_KERNEL(Gram<double>)
 
+template <class Real>
 struct GramMirror {
-  float* g;  // [channels, channels]: entries below the diagonal are written
+  Real* g;  // [channels, channels]: entries below the diagonal are written
   int64_t channels;
 
   static constexpr int64_t block = 32;  // rows per task
   FEWBIT_ALWAYS_INLINE int64_t tasks() const { return (channels + block - 1) / block; }
 };
 
-FEWBIT_KERNEL(GramMirror)
+FEWBIT_KERNEL(GramMirror<float>)
+FEWBIT_KERNEL(GramMirror<double>)
 
 }  // namespace fewbit

@@ -43,7 +43,7 @@ class Clip(Solver):
         low, high, info = None, None, {"clipped": False}
         weight = weight.float()
         if stats is not None and weight.numel():
-            low, high = clip_range(weight, scheme, stats.gram, self.points, self.depth)
+            low, high = clip_range(weight, scheme, stats.gram.float(), self.points, self.depth)
             weight = clamp_groups(weight, low, high, scheme)
             info = {"clipped": True}
         codes = ops.quantize(

@@ -16,15 +16,15 @@ import torch
 from torch import Tensor
 
 from ..errors import CalibrationError
+from ..stats import sum_type
 
-EXACT_COLUMNS = 1024  # up to here float64 costs milliseconds
 RUNGS = ("damp", "damp x 10", "damp x 100", "damp x 1000", "floor", "rtn")
 
 
 @dataclass
 class Factor:
-    """``c`` [K, K] float32: V_jk / V_kk (ops.gptq); ``diagonal`` [K] float32: V_kk, both in solving
-    order; ``order`` int64 [K] or None; ``exponent``: V V^T is 2**-exponent (H + damping).
+    """``c`` [K, K]: V_jk / V_kk (ops.gptq); ``diagonal`` [K]: V_kk, both of sum_type(K) and in
+    solving order; ``order`` int64 [K] or None; ``exponent``: V V^T is 2**-exponent (H + damping).
 
     ``rung`` names the step of the ladder that was needed (RUNGS), ``damp`` the share of the mean
     diagonal that was added, ``dead`` the columns that no token excites: nothing is compensated into
@@ -50,7 +50,7 @@ class Factor:
 
     @property
     def v(self) -> Tensor:
-        """V itself, float32 [K, K]."""
+        """V itself, [K, K]."""
         return self.c * self.diagonal
 
     def info(self) -> dict:
@@ -90,9 +90,8 @@ def factorize(gram: Tensor, damp: float = 0.01, order: Tensor | None = None) -> 
         if _cholesky_(m):
             diagonal = m.diagonal().clone()
             m.div_(diagonal)
-            c, diagonal = m.float(), diagonal.float()
-            if bool(c.isfinite().all()) and bool(diagonal.isfinite().all()):
-                return Factor(c, diagonal, order, exponent, share, rung, dead)
+            if bool(m.isfinite().all()) and bool(diagonal.isfinite().all()):
+                return Factor(m, diagonal, order, exponent, share, rung, dead)
         del m
     return None
 
@@ -105,14 +104,13 @@ def scaled(matrix: Tensor, exponent: int, dtype: torch.dtype = torch.float32) ->
 
 def _reversed_scaled(gram: Tensor, order: Tensor | None, exponent: int) -> Tensor:
     """A scaled copy of ``gram`` with the column that is solved last first."""
-    exact = gram.shape[0] <= EXACT_COLUMNS and gram.device.type != "mps"
     if order is None:
         m = gram.flip(0, 1)
     else:
         back = order.flip(0)
-        m = gram[back[:, None], back]
+        m = gram.index_select(0, back).index_select(1, back)
     half = -exponent // 2
-    m = m.double() if exact else m
+    m = m.to(sum_type(len(m), m.device))
     return m.mul_(2.0**half).mul_(2.0 ** (-exponent - half))
 
 

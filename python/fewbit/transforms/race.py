@@ -32,6 +32,11 @@ class Block(NamedTuple):
     weight: Tensor
     stats: Stats
 
+    @property
+    def gram(self) -> Tensor:
+        """G in the weights' type: candidates differ by more than its rounding."""
+        return self.stats.gram.float()
+
 
 class Result(NamedTuple):
     """``losses`` by candidate: exact where ``exact``, else estimated from the rows it saw."""
@@ -60,7 +65,7 @@ def full_loss(block: Block, s: Tensor, scheme: Scheme) -> float:
 
     G is symmetric: column panel j needs only rows 0..j of G, which halves the product.
     """
-    dw, gram = error_of(block.weight, s, scheme), block.stats.gram
+    dw, gram = error_of(block.weight, s, scheme), block.gram
     columns, total = dw.shape[1], 0.0
     panel = max(256, -(-columns // 8))
     for j in range(0, columns, panel):
@@ -91,7 +96,7 @@ def race(candidates: list[Tensor], blocks: list[Block], scheme: Scheme) -> Resul
         seen = torch.cat([seen, fresh], 1)
         alive = _keep(alive, seen, standins, losses, rows)
         if len(alive) > 1 and not standins:
-            splits = [_split(b.stats.gram) for b in blocks]
+            splits = [_split(b.gram) for b in blocks]
             for i in alive:
                 standins[i] = _standin(blocks, splits, candidates[i], scheme)
                 seen[i] -= standins[i][order]
@@ -125,11 +130,12 @@ def _keep(
 def _on_rows(picked: Tensor, blocks: list[Block], s: Tensor, scheme: Scheme) -> Tensor:
     """Losses of the rows ``picked`` (numbered through all blocks), in that order."""
     out, start = torch.zeros(len(picked), dtype=torch.float64), 0
-    for weight, stats in blocks:
+    for block in blocks:
+        weight, stats = block
         here = (picked >= start) & (picked < start + len(weight))
         if bool(here.any()):
             part = weight[(picked[here] - start).to(weight.device)]
-            out[here] = row_losses(part, s, stats.gram, scheme).cpu() / max(stats.tokens, 1)
+            out[here] = row_losses(part, s, block.gram, scheme).cpu() / max(stats.tokens, 1)
         start += len(weight)
     return out
 
@@ -168,7 +174,7 @@ def _rounds(blocks: list[Block], rows: int) -> list[Tensor]:
     """
     if blocks[0].weight.shape[1] < 1024:
         return []
-    energy = torch.cat([(b.weight.square() @ b.stats.gram.diagonal()).cpu() for b in blocks])
+    energy = torch.cat([(b.weight.square() @ b.gram.diagonal()).cpu() for b in blocks])
     order = energy.argsort(stable=True)
     free = torch.ones(rows, dtype=torch.bool)
     rounds, total, size = [], 0, FIRST
