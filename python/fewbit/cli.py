@@ -24,6 +24,7 @@ _EXAMPLES = {
     "convert": "fewbit convert OUT OUT_AWQ --to awq",
     "doctor": "fewbit doctor",
     "demo": "fewbit demo -o demo_out",
+    "bench": "fewbit bench accuracy MODEL_DIR --text test.txt --calibration other.txt -o OUT",
 }
 
 
@@ -109,6 +110,18 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     command("doctor", _doctor, "check this installation")
+
+    sub = command("bench", _bench, "measure every method on every scheme: table, JSON and plot")
+    sub.add_argument("what", choices=["accuracy"])
+    sub.add_argument("model", metavar="MODEL_DIR", help="float model directory")
+    sub.add_argument("--text", required=True, metavar="FILE", help="UTF-8 text to score")
+    sub.add_argument("--calibration", required=True, metavar="FILE", help="another UTF-8 text")
+    sub.add_argument("-o", "--output", required=True, metavar="OUT", help="directory; resumed")
+    sub.add_argument("--schemes", nargs="+", metavar="S", help="columns, e.g. w4a16g128 w4a4")
+    sub.add_argument("--methods", nargs="+", metavar="M", help="rows, e.g. rtn awq gptq")
+    sub.add_argument("--window", type=int, default=256, help="tokens a window (256)")
+    sub.add_argument("--windows", type=int, default=64, help="windows that are scored (64)")
+    sub.add_argument("--samples", type=int, default=32, help="calibration windows (32)")
 
     sub = command("demo", _demo, "quantise the embedded model and show what changed")
     sub.add_argument("-o", "--output", default="fewbit_demo", help="directory for table and plot")
@@ -266,6 +279,18 @@ def _demo(options) -> dict:
     from .demo.run import run
 
     return run(Path(options.output), show=not options.quiet and not options.json)
+
+
+def _bench(options) -> dict:
+    from .bench.accuracy import markdown, run
+
+    result = run(
+        options.model, options.text, options.calibration, options.output, schemes=options.schemes,
+        methods=options.methods, window=options.window, windows=options.windows,
+        samples=options.samples, say=lambda line: _say(options, line),
+    )
+    _say(options, f"\n{markdown(result)}")
+    return result
 
 
 def _say(options, text: str) -> None:
