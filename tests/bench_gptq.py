@@ -1,94 +1,80 @@
-"""Perplexity of GPTQ, its successors and its stacks on the shared models, and the solve's speed.
+"""Speed of the second-order solve, and whether the accuracy table keeps GPTQ's orders.
 
-python tests/bench_gptq.py accuracy [--models ..] [--json out.json]    the tables of the README
-python tests/bench_gptq.py speed [--json out.json]                     against eager torch
+python tests/bench_gptq.py speed           one 4096 x 4096 layer against eager torch, and memory
+python tests/bench_gptq.py model           solves of whole models against their calibration forward
+python tests/bench_gptq.py bars DIR ..     the orders in what `fewbit bench accuracy -o DIR` wrote
+                                           for the shared models, and plain code's figures
 
-Protocol of the folder of shared models: 64 windows of 256 tokens of books_test.txt, calibration on
-the first 32 windows of 256 tokens of books_calibration.txt.
+Exit status 1 when a bar is missed.
 """
 
 import argparse
 import json
-import os
 import resource
+import sys
 import time
 from pathlib import Path
 
 import torch
+import transformers
 
 import fewbit
-from fewbit import calibrate, ops
+from conftest import SHARED
+from fewbit import calibrate, checkpoint, ops
+from fewbit.families import decoder_layers, describe
 from fewbit.solvers.factor import factorize
 
-SHARED = Path(os.environ.get("FEWBIT_SHARED", Path(__file__).parents[2] / "shared"))
-MODELS = ("opt-tiny", "opt-tiny-outliers", "llama-tiny", "llama-tiny-outliers")
-# What plain code reaches (README beside the models): rtn, awq, gptq; and the float model.
+# What plain code reaches (README beside the models): rtn, awq, gptq.
 PLAIN = {
     "opt-tiny": {
-        "w4": (73.78, 74.50, 72.88), "w3": (83.22, 81.92, 75.34), "w2": (144.4, 140.5, 94.1)
+        "w4a16g128": (73.78, 74.50, 72.88), "w3a16g128": (83.22, 81.92, 75.34),
+        "w2a16g64": (144.4, 140.5, 94.1),
     },
     "opt-tiny-outliers": {
-        "w4": (81.75, 75.07, 76.06), "w3": (94.27, 86.20, 80.18), "w2": (165.4, 157.5, 99.6)
+        "w4a16g128": (81.75, 75.07, 76.06), "w3a16g128": (94.27, 86.20, 80.18),
+        "w2a16g64": (165.4, 157.5, 99.6),
     },
     "llama-tiny": {
-        "w4": (67.48, 67.51, 66.87), "w3": (73.45, 73.64, 70.35), "w2": (116.5, 111.6, 93.3)
+        "w4a16g128": (67.48, 67.51, 66.87), "w3a16g128": (73.45, 73.64, 70.35),
+        "w2a16g64": (116.5, 111.6, 93.3),
     },
     "llama-tiny-outliers": {
-        "w4": (70.21, 67.98, 68.04), "w3": (77.55, 74.42, 71.62), "w2": (128.8, 119.7, 97.1)
+        "w4a16g128": (70.21, 67.98, 68.04), "w3a16g128": (77.55, 74.42, 71.62),
+        "w2a16g64": (128.8, 119.7, 97.1),
     },
 }
-FLOAT = {"opt-tiny": 72.05, "opt-tiny-outliers": 72.05, "llama-tiny": 66.25,
-         "llama-tiny-outliers": 66.25}
-SCHEMES = {"w4": "w4a16g128", "w3": "w3a16g128", "w2": "w2a16g64"}
-BEST = dict(order="groups", target="qronos", strength=0.25, sweeps=3, true_sequential=True)
-METHODS = {
-    "rtn": ("rtn", {}),
-    "awq": ("awq", {}),
-    "gptq": ("gptq", {}),
-    "successor": ("gptq", BEST),
-    "awq+gptq": ("awq+gptq", {}),
-    "awq+successor": ("awq+gptq", BEST),
-}
 
 
-TOKENS: dict[tuple[str, str], torch.Tensor] = {}
+def bars(folders: list[Path]) -> list[tuple[str, bool]]:
+    """(what should hold, whether it does) for each folder's accuracy.json."""
+    found = []
+    for folder in folders:
+        result = json.loads((folder / "accuracy.json").read_text())
+        name, base = result["protocol"]["model"], result["float"]
+        values = {(c["scheme"], c["label"]): c.get("perplexity") for c in result["cells"]}
 
+        def order(scheme: str, better: str, worse: str, values=values, name=name) -> None:
+            a, b = values[scheme, better], values[scheme, worse]
+            found.append((f"{name} {scheme}: {better} {a:.2f} <= {worse} {b:.2f}", a <= b))
 
-def text_tokens(model: str, part: str, tokenizer) -> torch.Tensor:
-    """Token ids of one of the books' texts, read once a model."""
-    if (model, part) not in TOKENS:
-        text = (SHARED / "data" / f"books_{part}.txt").read_text()
-        TOKENS[model, part] = calibrate.tokenize(text, tokenizer)
-    return TOKENS[model, part]
+        def limit(what: str, scheme: str, label: str, most: float, v=values, name=name) -> None:
+            value = v[scheme, label]
+            text = f"{name} {scheme}: {label} {value:.2f}, {what} {most:.2f}"
+            found.append((text, value <= most))
 
-
-def perplexity_of(name: str, method: str, scheme: str, **options) -> tuple[float, float]:
-    """Perplexity, and seconds of all solves."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    path = SHARED / "models" / name
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    train, test = (text_tokens(name, part, tokenizer) for part in ("calibration", "test"))
-    data = calibrate.cut(train, 256, 32, "books_calibration.txt")
-    report = fewbit.quantize_(
-        model, method, scheme, data, keep_float=False, progress=False, **options
-    )
-    value = float(fewbit.perplexity(model, test, 256, limit=64, batch=8))
-    return value, sum(r.seconds for r in report.linears)
-
-
-def accuracy(models, widths, methods) -> dict:
-    results = {}
-    for name in models:
-        for width in widths:
-            for label in methods:
-                method, options = METHODS[label]
-                value, seconds = perplexity_of(name, method, SCHEMES[width], **options)
-                results[f"{name} {width} {label}"] = value
-                line = f"{name:20} {width} {label:14} {value:8.3f}  solve {seconds:.1f} s"
-                print(line, flush=True)
-    return results
+        for scheme, plain in PLAIN[name].items():
+            for label, most in zip(("rtn", "awq", "gptq"), plain, strict=True):
+                # printed to one or two digits; the first is the same arithmetic
+                limit("plain code", scheme, label, most * 1.001 if label == "rtn" else most)
+            order(scheme, "awq+gptq", "awq")
+            order(scheme, "awq+gptq", "gptq")
+            if scheme != "w4a16g128":
+                order(scheme, "gptq", "rtn")
+                order(scheme, "qronos", "gptq")
+        best = "awq+gptq" if "outliers" in name else "gptq"
+        allowed = 0.025 if "outliers" in name else 0.015
+        limit(f"float + {allowed:.1%}", "w4a16g128", best, base * (1 + allowed))
+    return found
 
 
 def eager(w, h, bits: int, group: int, block: int = 128) -> torch.Tensor:
@@ -144,21 +130,63 @@ def speed(size: int = 4096, repeats: int = 3) -> dict:
     return best
 
 
-def main() -> None:
+def whole_model(name: str, model, data: calibrate.Windows, method: str) -> float:
+    """Seconds of all solves over seconds of the forward passes that calibrate them."""
+    inputs = calibrate.capture(model, describe(model), data)
+    start = time.perf_counter()
+    for layer in decoder_layers(model):
+        inputs = calibrate.run_layer(layer, inputs)
+    forward = time.perf_counter() - start
+    report = fewbit.quantize_(model, method, "w4a16g128", data, progress=False)
+    fewbit.restore_(model)
+    solve = sum(r.seconds for r in report.linears)
+    line = f"{name:20} {method:8} forward {forward:.2f} s, solves {solve:.2f} s"
+    print(f"{line}, ratio {solve / forward:.2f}", flush=True)
+    return solve / forward
+
+
+def models() -> list[tuple[str, bool]]:
+    """The shared models on their protocol's 8192 tokens, and a wide one on as many."""
+    found = []
+    cases = []
+    for name in ("opt-tiny", "llama-tiny"):
+        path = SHARED / "models" / name
+        ids = calibrate.tokenize(
+            calibrate.read_text(SHARED / "data" / "books_calibration.txt"),
+            checkpoint.load_tokenizer(path),
+        )
+        cases.append((name, checkpoint.load_float(path), ids))
+    config = transformers.LlamaConfig(
+        vocab_size=4096, hidden_size=2048, intermediate_size=5632, num_hidden_layers=1,
+        num_attention_heads=16, num_key_value_heads=8,
+    )
+    cases.append(("hidden 2048", transformers.LlamaForCausalLM(config).eval(), cases[1][2]))
+    for name, model, ids in cases:
+        data = calibrate.cut(ids, 256, 32, "books_calibration.txt")
+        ratio = whole_model(name, model, data, "gptq")
+        text = f"{name}: solves {ratio:.2f} of the calibration forward <= 0.5"
+        found.append((text, ratio <= 0.5))
+        whole_model(name, model, data, "qronos")
+    return found
+
+
+def main() -> int:
     parser = argparse.ArgumentParser()
-    parser.add_argument("what", choices=("accuracy", "speed"))
-    parser.add_argument("--models", nargs="+", default=MODELS)
-    parser.add_argument("--widths", nargs="+", default=("w3", "w2", "w4"))
-    parser.add_argument("--methods", nargs="+", default=list(METHODS))
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("what", choices=("speed", "model", "bars"))
+    parser.add_argument("folders", nargs="*", type=Path)
     arguments = parser.parse_args()
     if arguments.what == "speed":
-        results = speed()
+        best = speed()
+        found = [
+            (f"{best['ratio']:.3f} of eager's time <= 1/3", best["ratio"] <= 1 / 3),
+            (f"peak {best['peak / Hessian']:.2f} Hessians <= 1.5", best["peak / Hessian"] <= 1.5),
+        ]
     else:
-        results = accuracy(arguments.models, arguments.widths, arguments.methods)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(results, indent=1) + "\n")
+        found = models() if arguments.what == "model" else bars(arguments.folders)
+    for text, good in found:
+        print(f"{'met   ' if good else 'MISSED'} {text}")
+    return 0 if all(good for _, good in found) else 1
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

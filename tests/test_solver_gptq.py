@@ -37,17 +37,22 @@ def solve(solver, weight, scheme, x, x_float=None):
     return loss(weight, codes, scheme.group_size, x, x_float), info
 
 
-def test_obq_gptq_rtn_on_200_problems():
+@pytest.mark.parametrize("order", ["columns", "activation", "groups"])
+def test_obq_gptq_rtn_on_200_problems(order):
+    """The oracle and GPTQ on the same grids, which are GPTQ's."""
     ratios = []
     for seed in range(200):
         torch.manual_seed(seed)
         rows, columns = 8, (16, 32, 48, 64)[seed % 4]
         weight, x = torch.randn(rows, columns), inputs(4 * columns, columns)
         scheme = Scheme(bits=(2, 3, 4)[seed % 3], group_size=(-1, 16)[seed % 2])
-        obq, gptq, rtn = (
-            solve(s, weight, scheme, x)[0]
-            for s in (OBQ(sweeps=8), GPTQ(fit="range"), RTN())
-        )
+        stats = stats_of(x)
+        codes, _ = GPTQ(order=order).solve(weight, scheme, stats)
+        gptq, rtn = loss(weight, codes, scheme.group_size, x), solve(RTN(), weight, scheme, x)[0]
+        h = stats.gram.double()
+        h = h + 0.01 * h.diagonal().mean() * torch.eye(columns)
+        q = OBQ(sweeps=8).round(weight, h, codes.scale, codes.zero_point, scheme)
+        obq = loss(weight, codes._replace(q=q), scheme.group_size, x)
         ratios.append((obq / gptq, gptq / rtn))
     first, second = torch.tensor(ratios).T
     ordered = ((first <= 1) & (second <= 1)).float().mean()
@@ -62,6 +67,7 @@ def test_obq_gptq_rtn_on_200_problems():
         (dict(fit="mse"), dict(fit="range")),
         (dict(fit="hessian"), dict(fit="range")),
         (dict(order="groups"), dict(order="columns")),
+        (dict(order="activation"), dict(order="columns")),
     ],
 )
 def test_options_lower_the_loss_on_average(better, than):
@@ -95,14 +101,14 @@ def test_targets_by_their_definitions():
     h = stats.gram.double() + 0.01 * stats.gram.diagonal().double().mean() * torch.eye(20)
     d, w = stats.cross.double(), weight.double()
     least_squares = w + w @ d @ torch.linalg.inv(h)
-    goal = GPTQ(target="qronos")._goal(weight, stats, factor)
+    goal = GPTQ(target="qronos", strength=1.0)._goal(weight, stats, factor)
     torch.testing.assert_close(goal.double(), least_squares, rtol=1e-5, atol=1e-5)
     shifted = w.clone()
     for i, column in enumerate(order[:-1]):
         rest = order[i + 1 :]
         part = torch.linalg.solve(h[rest][:, rest], d[column, rest])
         shifted[:, rest] += w[:, column, None] * part
-    goal = GPTQ(target="gptaq")._goal(weight, stats, factor)
+    goal = GPTQ(target="gptaq", strength=1.0)._goal(weight, stats, factor)
     torch.testing.assert_close(goal.double(), shifted, rtol=1e-5, atol=1e-5)
 
 
@@ -118,6 +124,20 @@ def test_without_clipping_every_target_is_inside_its_grid():
     terms = (d @ factor.v.double()).square()
     step = codes.scale.double()[:, factor.order // 32]
     assert bool((terms <= (factor.diagonal.double() * step / 2).square() * (1 + 1e-4)).all())
+
+
+def test_sweeps_never_raise_the_error_of_a_row():
+    weight, x = torch.randn(40, 96), inputs(400, 96)
+    stats, scheme = stats_of(x), Scheme(bits=2, group_size=32)
+    h = stats.gram.double()
+    h = h + 0.01 * h.diagonal().mean() * torch.eye(96)
+    before = None
+    for sweeps in range(4):
+        codes, _ = GPTQ(sweeps=sweeps).solve(weight, scheme, stats)
+        d = weight.double() - ops.dequantize(*codes, 32).double()
+        after = ((d @ h) * d).sum(1)
+        assert before is None or bool((after <= before * (1 + 1e-12)).all())
+        before = after
 
 
 def spectra():
@@ -185,13 +205,14 @@ def test_an_expert_without_tokens_is_rounded_and_reported():
         GPTQ(strict=True).solve(weight, Scheme(), stats)
 
 
-def test_power_of_two_inputs_and_threads_change_no_bit():
+@pytest.mark.parametrize("sweeps", [0, 2])
+def test_power_of_two_inputs_and_threads_change_no_bit(sweeps):
     weight, x = torch.randn(33, 200), inputs(500, 200)
-    want = GPTQ().solve(weight, Scheme(group_size=48), stats_of(x))[0]
+    want = GPTQ(sweeps=sweeps).solve(weight, Scheme(group_size=48), stats_of(x))[0]
     threads = torch.get_num_threads()
     for factor, count in ((2.0**-40, 1), (2.0**20, 3)):
         torch.set_num_threads(count)
-        got = GPTQ().solve(weight, Scheme(group_size=48), stats_of(x * factor))[0]
+        got = GPTQ(sweeps=sweeps).solve(weight, Scheme(group_size=48), stats_of(x * factor))[0]
         assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
     torch.set_num_threads(threads)
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from . import _C
+from .auto import AUTO_OPTIONS, choose
 from .calibrate import FloatPass, Windows, capture, collect, run_layer, windows
 from .certificate import Probe
 from .errors import UsageError
@@ -43,14 +45,18 @@ def quantize_(
 ) -> Report:
     """Quantise the decoder linears of a live model, in place.
 
-    ``method``: a name of ``fewbit.recipes.METHODS`` ("rtn", "awq", stacks such as "awq+gptq") or a
-    Recipe; ``options`` go to the method. ``calibration``: texts (with ``tokenizer``), token ids, or
-    the path of a text file, cut into ``samples`` windows of ``window`` tokens. Embeddings, norms
-    and the head stay float. ``keep_float`` keeps a copy of the float weights for ``restore_``.
+    ``method``: a name of ``fewbit.recipes.METHODS`` ("rtn", "awq", stacks such as "awq+gptq"), a
+    Recipe, or "auto" for mixed widths of the scheme's size (auto.choose); ``options`` go to the
+    method. ``calibration``: texts (with ``tokenizer``), token ids, or the path of a text file, cut
+    into ``samples`` windows of ``window`` tokens. Embeddings, norms and the head stay float.
+    ``keep_float`` keeps a copy of the float weights for ``restore_``.
 
     Everything that can be refused is refused before the model is touched: UsageError,
     CalibrationError or UnsupportedError, one sentence each.
     """
+    if method == "auto":
+        calibration = windows(calibration, tokenizer, window, samples)
+        method, options = _choose(model, Scheme.parse(scheme), calibration, options), {}
     recipe = build(method, scheme, **options)
     family = describe(model)
     undo = linearise(model, family)
@@ -83,6 +89,23 @@ def quantize_(
     return report
 
 
+def _choose(model: nn.Module, scheme: Scheme, data: Windows, options: dict) -> Recipe:
+    """auto.choose, with trials that leave no trace."""
+
+    @contextmanager
+    def trial(recipe: Recipe, seen: Windows) -> Iterator[None]:
+        quantize_(model, recipe, calibration=seen, progress=False)
+        try:
+            yield
+        finally:
+            restore_(model)
+
+    for name in options:
+        if name not in AUTO_OPTIONS:
+            raise UsageError(f"method 'auto' takes {', '.join(AUTO_OPTIONS)}, got {name!r}")
+    return choose(model, scheme, data, trial, **options)
+
+
 @torch.no_grad()
 def _run(
     model: nn.Module,
@@ -113,7 +136,9 @@ def _run(
             name = f"{family.layers}.{index}"
             outputs = None
             config = getattr(model, "config", None)
-            context = LayerContext(index, family, config, recipe.scheme, {})
+            context = LayerContext(
+                index, family, config, recipe.scheme, {}, solver=recipe.solver
+            )
             if probe is not None:
                 probe.before(layer)
             # What needs no statistics (rotations) comes first, so that they describe its result.
@@ -167,14 +192,15 @@ def _solve(
     started = time.monotonic()
     linear = layer.get_submodule(path)
     weight = linear.weight.detach()
-    packed, info = recipe.solver.build(linear, path, recipe.scheme, stats, recipe.integer)
+    scheme = recipe.scheme_of(name)
+    packed, info = recipe.solver.build(linear, path, scheme, stats, recipe.integer)
     carry(linear, packed)
     error, measured = relative_error(weight, packed.weight, stats)
     replace_module(layer, path, packed)
     before = sum(p.numel() * p.element_size() for p in linear.parameters())
     return LinearRecord(
         name,
-        str(recipe.scheme),
+        str(scheme),
         error,
         measured,
         0 if stats is None else stats.tokens,
@@ -185,8 +211,15 @@ def _solve(
     )
 
 
+ERROR_ROWS = 256  # all rows would cost several times the solve itself
+
+
 def relative_error(weight: Tensor, quantized: Tensor, stats: Stats | None) -> tuple[float, str]:
-    """||X (W' - W)^T||^2 / ||X W^T||^2, or of the weights alone without statistics."""
+    """||X (W' - W)^T||^2 / ||X W^T||^2 over at most ERROR_ROWS output rows at even distances, or of
+    the weights alone without statistics."""
+    if stats is not None:
+        step = -(-len(weight) // ERROR_ROWS)
+        weight, quantized = weight[::step], quantized[::step]
     weight = weight.float()
     dw = quantized - weight
     if stats is not None:

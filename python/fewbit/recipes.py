@@ -7,8 +7,8 @@ both and takes the last solver that is not plain rounding.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 from .errors import UsageError
 from .scheme import FLOAT_BITS, Scheme
@@ -30,7 +30,8 @@ from .transforms.spinquant import SpinQuant
 class Recipe:
     """What ``quantize_`` does. ``sequential``: later layers are calibrated on the outputs of the
     already quantised earlier ones (True), or of the float ones; ``true_sequential``: inside a layer
-    too, later linears see the earlier ones quantised."""
+    too, later linears see the earlier ones quantised. ``schemes``: by full name, the linears whose
+    scheme is not ``scheme``."""
 
     name: str
     scheme: Scheme
@@ -38,6 +39,11 @@ class Recipe:
     solver: Solver = RTN()  # noqa: RUF009  (stateless)
     sequential: bool = True
     true_sequential: bool = False
+    schemes: Mapping[str, Scheme] = field(default_factory=dict)
+
+    def scheme_of(self, name: str) -> Scheme:
+        """The scheme of one linear."""
+        return self.schemes.get(name, self.scheme)
 
     @property
     def needs_stats(self) -> bool:
@@ -65,6 +71,7 @@ class Recipe:
             "solver": self.solver.to_dict(),
             "sequential": self.sequential,
             "true_sequential": self.true_sequential,
+            "schemes": {name: str(scheme) for name, scheme in self.schemes.items()},
         }
 
 
@@ -78,7 +85,7 @@ def awq(
     points: int = 20,
     form: str = "search",
     inner: bool = True,
-    clip: bool = False,
+    clip: bool = True,
 ) -> Recipe:
     """Activation-aware scales (J. Lin et al., 2023), then rounding; ``clip``: on clipped ranges."""
     solver = Clip() if clip else RTN()
@@ -129,6 +136,18 @@ def gptq(
     """Error-compensating rounding (E. Frantar et al., 2022); ``options`` as solvers.gptq.GPTQ."""
     solver = GPTQ(**options)
     return Recipe("gptq", Scheme.parse(scheme), (), solver, sequential, true_sequential)
+
+
+def qronos(
+    scheme: Scheme | str = "w4a16g128",
+    sequential: bool = True,
+    true_sequential: bool = True,
+    **options,
+) -> Recipe:
+    """GPTQ towards the float model's outputs (S. Zhang et al., Qronos, 2025), then coordinate
+    descent: the best of solvers.gptq.GPTQ's options together, at twice the calibration passes."""
+    solver = GPTQ(**{"target": "qronos", "sweeps": 3, **options})
+    return Recipe("qronos", Scheme.parse(scheme), (), solver, sequential, true_sequential)
 
 
 def quarot(
@@ -186,9 +205,8 @@ def _rotated(
 
 
 METHODS: dict[str, Callable[..., Recipe]] = {
-    "rtn": rtn, "awq": awq, "gptq": gptq, "smoothquant": smoothquant, "mixed": mixed,
-    "llm-int8": llm_int8,
-    "quarot": quarot, "spinquant": spinquant
+    "rtn": rtn, "awq": awq, "gptq": gptq, "qronos": qronos, "smoothquant": smoothquant,
+    "mixed": mixed, "llm-int8": llm_int8, "quarot": quarot, "spinquant": spinquant,
 }
 
 

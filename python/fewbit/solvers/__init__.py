@@ -14,6 +14,7 @@ class Solver:
 
     needs_stats = False
     needs_cross = False  # True: reads Stats.cross
+    compensates = False  # True: moves errors between columns, unlike plain rounding
 
     def solve(self, weight: Tensor, scheme: Scheme, stats: Stats | None) -> tuple[Codes, dict]:
         """The codes, and what the Report should know (rung of a fallback, chosen options)."""

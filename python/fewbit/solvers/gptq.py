@@ -40,22 +40,26 @@ class GPTQ(Solver):
     ``target``: the layer's output on the inputs it gets from the model quantised so far ("weight"),
     or the float model's output: "gptaq" moves each column's mismatch into the columns behind it (Y.
     Li et al., 2025, eq. 15), "qronos" aims at the least-squares weight from the start (S. Zhang et
-    al., 2025, prop. 3.1), by ``strength`` of the way; both need Stats.cross. ``sweeps`` of
-    coordinate descent follow: each code in turn to the best value given all others. ``strict``
-    makes every rung of the ladder an error.
+    al., 2025, prop. 3.1), by ``strength`` of the way; both need Stats.cross. (FOEM, X. Zheng et
+    al., 2025, takes beta of every target's distance from its weight back; measured beside them it
+    gains least: README, Methods.)
+
+    ``sweeps`` of coordinate descent follow: each code in turn to the best value given all others.
+    ``strict`` makes every rung of the ladder an error.
     """
 
     needs_stats = True
+    compensates = True
 
     def __init__(
         self,
         damp: float = 0.01,
-        order: str = "columns",
+        order: str = "groups",
         fit: str = "hessian",
         points: int = 40,
         clip: bool = True,
         target: str = "weight",
-        strength: float = 1.0,
+        strength: float = 0.5,
         sweeps: int = 0,
         block: int = 128,
         strict: bool = False,
@@ -107,10 +111,10 @@ class GPTQ(Solver):
         if not self.clip:
             codes, info["widened"] = self._widen(goal, codes, grid, factor)
         if self.sweeps:
-            h = scaled(stats.gram, factor.exponent)
+            h = scaled(stats.gram, factor.exponent, factor.c.dtype)
             h.diagonal().add_(factor.damp * float(h.diagonal().mean()))
             q = ops.coordinate_descent(goal, h, *codes, *grid[:2], self.sweeps)
-            codes = Codes(q, *codes[1:])
+            codes = codes._replace(q=q)
         return codes, info
 
     def _factor(self, stats: Stats, scheme: Scheme) -> Factor | None:
@@ -185,10 +189,11 @@ class GPTQ(Solver):
         at = torch.arange(goal.shape[1], device=goal.device) // group
         if factor.order is not None:
             at = at[factor.order]
-        w = goal.float() if factor.order is None else goal.float()[:, factor.order]
+        w = goal.to(factor.c.dtype)
+        w = w if factor.order is None else w[:, factor.order]
         widened = torch.zeros(codes.scale.shape, dtype=torch.bool)
         for _ in range(64):  # 1.1^64 > 400 times the range
-            back = ops.dequantize(*codes, group_size)
+            back = ops.dequantize(*codes, group_size).to(w.dtype)
             back = back if factor.order is None else back[:, factor.order]
             targets = back + (w - back) @ factor.c
             q = (targets / codes.scale.float()[:, at]).round() + codes.zero_point.float()[:, at]
@@ -204,3 +209,4 @@ class GPTQ(Solver):
             for whole, new in zip(codes, part, strict=True):
                 whole[rows] = new
         return codes, int(widened.sum())
+

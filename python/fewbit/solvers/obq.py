@@ -46,6 +46,13 @@ class OBQ(Solver):
         h = h / level + self.damp * torch.eye(columns, dtype=h.dtype)
         grid = (scheme.bits, scheme.group_size, scheme.symmetric, scheme.scale_dtype)
         _, scale, zero_point = ops.quantize(weight, *grid)
+        return Codes(self.round(weight, h, scale, zero_point, scheme), scale, zero_point), {}
+
+    def round(
+        self, weight: Tensor, h: Tensor, scale: Tensor, zero_point: Tensor, scheme: Scheme
+    ) -> Tensor:
+        """Codes on given grids for a Hessian ``h`` float64 [in_features, in_features]."""
+        columns = weight.shape[1]
         at = torch.arange(columns) // scheme.group_of(columns)
         s, z = scale.double()[:, at], zero_point.double()[:, at]
         q = greedy(weight, h, s, z, scheme.bits)
@@ -53,13 +60,14 @@ class OBQ(Solver):
             best = None
             for start in (q, greedy(weight, h, s, z, scheme.bits, cheapest=False)):
                 codes = ops.coordinate_descent(
-                    weight, h.float(), start, scale, zero_point, *grid[:2], self.sweeps
+                    weight, h, start, scale, zero_point, scheme.bits, scheme.group_size,
+                    self.sweeps,
                 )
                 d = weight.double() - (codes.double() - z) * s
                 loss = ((d @ h) * d).sum(1, keepdim=True)
                 q = codes if best is None else torch.where(loss < best, codes, q)
                 best = loss if best is None else torch.minimum(best, loss)
-        return Codes(q, scale, zero_point), {}
+        return q
 
 
 def greedy(

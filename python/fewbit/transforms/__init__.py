@@ -23,7 +23,8 @@ class LayerContext:
 
     ``stats``: by the linear's path inside the layer, of the inputs as they are now; a transform
     that changes a linear's input replaces its entry. ``records``: one dict per decision, shown in
-    the Report (path, what was chosen, the curve it was chosen from).
+    the Report (path, what was chosen, the curve it was chosen from). ``solver``: what will put the
+    layer's linears on their grid (solvers.Solver), for a transform that asks how well.
     """
 
     index: int
@@ -32,6 +33,7 @@ class LayerContext:
     scheme: Scheme
     stats: dict[str, Stats]
     records: list[dict] = field(default_factory=list)
+    solver: Any = None
 
 
 class Transform:

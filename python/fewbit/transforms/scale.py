@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from .. import ops
 from ..errors import UsageError
 from . import LayerContext, Transform
 from .edges import Edge, apply_scale, edges, fit_range
@@ -18,7 +19,9 @@ class SearchScale(Transform):
 
     The loss is the sum over the edge's readers of ||X (Q(W s) / s - W)^T||^2, exact from the Gram
     matrix (Stats). s = 1 is always a candidate, so that an edge never gets worse than
-    round-to-nearest. Candidates by ``form``, r = 0, 1/points, .. (points - 1)/points:
+    round-to-nearest. Before a solver that compensates errors, the winner, the candidate half-way to
+    it and s = 1 meet once more, by the loss that this solver leaves. Candidates by ``form``, with
+    r = 0, 1/points, .. (points - 1)/points:
 
       search        s = mean|x|^r                             (J. Lin et al., AWQ, 2023, sec. 3.2)
       duo           s = mean|x|^r / w^(1 - r)                 w: mean of |w| over its group's max
@@ -49,18 +52,27 @@ class SearchScale(Transform):
             blocks = reader_blocks(layer, edge, context)
             names, scales = self.candidates(edge, blocks, context.scheme.group_size)
             result = race([edge.to_readers(s) for s in scales], blocks, context.scheme)
-            best = fit_range(layer, edge, scales[result.best], context.family)
+            chosen, solved = result.best, {}
+            if getattr(context.solver, "compensates", False):
+                # What rounding gains by a scale, compensation may have gained already.
+                for i in sorted({0, chosen // 2, chosen}):
+                    solved[i] = sum(
+                        solver_loss(b, edge.to_readers(scales[i]), context) for b in blocks
+                    )
+                chosen = min(solved, key=solved.__getitem__)
+            best = fit_range(layer, edge, scales[chosen], context.family)
             apply_scale(layer, edge, best, context.family)
             move_stats(edge, best, context)
             context.records.append(
                 {
                     "transform": "awq",
                     "edge": str(edge),
-                    "ratio": names[result.best],
-                    "loss": result.losses[result.best],
+                    "ratio": names[chosen],
+                    "loss": result.losses[chosen],
                     "rtn_loss": result.losses[0],
                     "losses": result.losses,
                     "exact": result.exact,
+                    "solver_losses": {str(names[i]): loss for i, loss in solved.items()},
                 }
             )
 
@@ -99,6 +111,24 @@ def reader_blocks(layer: nn.Module, edge: Edge, context: LayerContext) -> list[B
         )
         for paths in groups.values()
     ]
+
+
+SOLVED_ROWS = 512  # of a block, for solver_loss
+
+
+def solver_loss(block: Block, s: Tensor, context: LayerContext) -> float:
+    """||X_float W^T - X W'^T||^2 / tokens, less what does not depend on W', when the context's
+    solver puts W s on the grid; over at most SOLVED_ROWS rows at even distances."""
+    weight, stats = block
+    weight = weight[:: -(-len(weight) // SOLVED_ROWS)] * s
+    stats = stats.scaled(s)
+    codes, _ = context.solver.solve(weight, context.scheme, stats)
+    dw = ops.dequantize(*codes, context.scheme.group_size) - weight
+    loss = stats.output_loss(dw)
+    if stats.cross is not None:  # ||(X_float - X) W^T - X dW^T||^2
+        moved = (weight.to(stats.cross.dtype) @ stats.cross) * dw
+        loss -= 2 * float(moved.sum(dtype=torch.float64)) / max(stats.tokens, 1)
+    return loss
 
 
 def move_stats(edge: Edge, s: Tensor, context: LayerContext) -> None:
