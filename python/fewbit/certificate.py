@@ -38,6 +38,7 @@ class Probe:
     ) -> None:
         self.family, self.transforms = family, transforms
         self.records: list[dict] = []
+        self.outliers: list[dict] = []
         if data is None:
             vocabulary = model.get_submodule(family.embed).weight.shape[0]
             generator = torch.Generator().manual_seed(0)
@@ -72,14 +73,19 @@ class Probe:
 
     def before(self, layer: nn.Module) -> None:
         """The original layer's output and its sensitivity, before the layer is transformed."""
-        self.want = forward(layer, self.input)
+        with _channel_maxima(layer, self.family) as self.maxima:
+            self.want = forward(layer, self.input)
         self.noise = _noise([layer], lambda: forward(layer, self.input))
 
     def after(self, layer: nn.Module, name: str) -> None:
         """Compare the transformed layer, still float, and go on to the next."""
         source = replace(self.carried, hidden=self.carry(self.input.hidden))
         want = self.carry(self.want)
-        got = forward(layer, source)
+        with _channel_maxima(layer, self.family) as maxima:
+            got = forward(layer, source)
+        for path in (p for p in self.maxima if p in maxima):
+            before, after = describe(self.maxima[path]), describe(maxima[path])
+            self.outliers.append({"path": f"{name}.{path}", "before": before, "after": after})
         noise = self.noise + _noise([layer], lambda: forward(layer, source))
         self._record(name, got, want, noise)
         self.input = replace(self.input, hidden=self.want)
@@ -113,6 +119,39 @@ def _noise(modules: list[nn.Module], run) -> float:
 def _unit(dtype: torch.dtype) -> float:
     """Roundoff of a layer in ``dtype``; norms compute in float32 even in a float64 model."""
     return max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
+
+
+def describe(maxima: Tensor) -> dict:
+    """Channel maxima [K] for the Report: the ``ratio`` of the largest to the median one, and the
+    ``profile``, 33 of them in falling order at even distances."""
+    sorted_ = maxima.sort(descending=True).values
+    at = torch.linspace(0, len(sorted_) - 1, 33).round().long()
+    median = float(maxima.median())
+    ratio = float(sorted_[0]) / median if median > 0 else 1.0
+    return {"ratio": ratio, "profile": [float(f"{v:.4g}") for v in sorted_[at]]}
+
+
+@contextmanager
+def _channel_maxima(layer: nn.Module, family: Family) -> Iterator[dict[str, Tensor]]:
+    """max |x| of each input channel [K], by linear, of what runs inside the block."""
+    found: dict[str, Tensor] = {}
+
+    def keep(path: str):
+        def hook(module: nn.Module, args: tuple) -> None:
+            if args[0].numel():  # an expert may get no token
+                found[path] = args[0].detach().abs().flatten(0, -2).amax(0).float()
+
+        return hook
+
+    handles = [
+        layer.get_submodule(path).register_forward_pre_hook(keep(path))
+        for path in family.linears()
+    ]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager

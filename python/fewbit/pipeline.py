@@ -67,6 +67,7 @@ def quantize_(
         undo()
     started = time.monotonic()
     report = Report(recipe.to_dict(), type(model).__name__, environment=environment())
+    report.source = getattr(getattr(model, "config", None), "_name_or_path", "")
     if data is not None:
         report.calibration = {
             "source": data.source, "tokens": data.tokens, "sha256": data.digest()
@@ -124,7 +125,7 @@ def _run(
     for transform in recipe.transforms:
         report.transforms += transform.outside(model, family)
     if probe is not None:
-        report.certificates = probe.records
+        report.certificates, report.outliers = probe.records, probe.outliers
         probe.outside(model)
     inputs = None if data is None else capture(model, family, data)
     # What the float model feeds each layer, where a solver compares with it.
@@ -208,6 +209,7 @@ def _solve(
         packed.nbytes(),
         time.monotonic() - started,
         info,
+        weight.numel(),
     )
 
 

@@ -1,0 +1,155 @@
+"""What a run did: every decision, error and fallback, as data, as text, as plots, as a page."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from ..errors import CheckpointError
+
+
+@dataclass
+class LinearRecord:
+    """One quantised linear.
+
+    ``relative_error``: ||X (W' - W)^T||^2 / ||X W^T||^2 on the calibration inputs, or the same of
+    the weights alone (``measured`` = "weight") when the method needs no calibration. ``weights``:
+    how many; bytes count scales, zero points and bias as well.
+    """
+
+    name: str
+    scheme: str
+    relative_error: float
+    measured: str
+    tokens: int
+    bytes_before: int
+    bytes_after: int
+    seconds: float
+    info: dict = field(default_factory=dict)
+    weights: int = 0
+
+    @property
+    def rung(self) -> int:
+        """0, or which fallback of its solver's ladder the linear needed."""
+        return int(self.info.get("rung", 0))
+
+
+@dataclass
+class Report:
+    """The result of ``quantize_``: what was done to which linear, and how it went.
+
+    ``certificates``: per transformed part of the float model, how far its output on a probe batch
+    moved, and what rounding allows, both relative. ``outliers``: per linear, the channel maxima of
+    its probe input before and after the transforms (both certificate.py). ``source``: name or path
+    of the float model. ``evaluations``: what ``fewbit eval --save`` has added, with the protocol of
+    each figure.
+    """
+
+    recipe: dict
+    model: str
+    calibration: dict = field(default_factory=dict)
+    linears: list[LinearRecord] = field(default_factory=list)
+    transforms: list[dict] = field(default_factory=list)
+    certificates: list[dict] = field(default_factory=list)
+    seconds: float = 0.0
+    environment: dict = field(default_factory=dict)
+    outliers: list[dict] = field(default_factory=list)
+    source: str = ""
+    evaluations: list[dict] = field(default_factory=list)
+
+    @property
+    def bytes_before(self) -> int:
+        """Bytes of the quantised linears as float."""
+        return sum(r.bytes_before for r in self.linears)
+
+    @property
+    def bytes_after(self) -> int:
+        """Bytes of the same linears packed, scales and zero points included."""
+        return sum(r.bytes_after for r in self.linears)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits that a weight takes, scales and zero points included."""
+        return 8 * self.bytes_after / max(sum(r.weights for r in self.linears), 1)
+
+    @property
+    def fallbacks(self) -> list[LinearRecord]:
+        """Linears whose solver could not go its first way."""
+        return [r for r in self.linears if r.rung > 0]
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+    def save(self, path: str | Path) -> None:
+        """Write the report as JSON."""
+        Path(path).write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Report:
+        """The report that ``save`` wrote; CheckpointError when the file is not one."""
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+            linears = [LinearRecord(**record) for record in data.pop("linears")]
+            return cls(**data, linears=linears)
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise CheckpointError(f"{path} is not a report of fewbit: {error!r}") from error
+
+    def save_html(self, path: str | Path) -> None:
+        """Write the report as one HTML file that needs no network; plots need matplotlib."""
+        from .page import page
+
+        Path(path).write_text(page(self), encoding="utf-8")
+
+    def plot_outliers(self):
+        """A matplotlib figure: how far outlier channels stand out, before and after."""
+        return self._plot("outliers")
+
+    def plot_channels(self):
+        """A matplotlib figure: sorted channel maxima of the worst inputs, before and after."""
+        return self._plot("channels")
+
+    def plot_errors(self):
+        """A matplotlib figure: relative output error of every linear."""
+        return self._plot("errors")
+
+    def plot_search(self):
+        """A matplotlib figure: the curves from which scales or alphas were chosen."""
+        return self._plot("search")
+
+    def plot_sizes(self):
+        """A matplotlib figure: MiB of the linears before and after, by kind."""
+        return self._plot("sizes")
+
+    def _plot(self, name: str):
+        from . import plots
+
+        return plots.PLOTS[name].draw(self)
+
+    def __str__(self) -> str:
+        errors = [r.relative_error for r in self.linears]
+        worst = max(self.linears, key=lambda r: r.relative_error, default=None)
+        lines = [f"{self.recipe['name']} on {self.model}: {len(self.linears)} linears"]
+        if worst is not None:
+            lines += [
+                f"  size      {self.bytes_before / 2**20:.2f} -> "
+                f"{self.bytes_after / 2**20:.2f} MiB",
+                f"  error     mean {sum(errors) / len(errors):.2e}, worst "
+                f"{worst.relative_error:.2e} ({worst.name})",
+            ]
+        if self.fallbacks:
+            lines.append(f"  fallbacks {len(self.fallbacks)}, first {self.fallbacks[0].name}")
+        lines.append(f"  time      {self.seconds:.1f} s")
+        return "\n".join(lines)
+
+
+def kind_of(name: str) -> str:
+    """The last part of a linear's path: q_proj, fc1, ..."""
+    return name.rpartition(".")[2]
+
+
+def layer_of(name: str) -> int:
+    """The number of the decoder layer in a linear's path."""
+    return next((int(part) for part in name.split(".") if part.isdigit()), 0)
