@@ -1,4 +1,4 @@
-"""Progress of a run: a bar on a terminal and in notebooks, plain lines elsewhere."""
+"""Progress of a run: one line a linear, and on a terminal or in a notebook a bar below them."""
 
 from __future__ import annotations
 
@@ -6,53 +6,115 @@ import sys
 import time
 from collections.abc import Callable
 
+import torch
 from tqdm.auto import tqdm
+
+HEAD = (
+    f"{'linear':<40} {'error':>8} {'tokens':>9} {'rung':>4} {'seconds':>8} {'memory':>9} "
+    f"{'left':>8}"
+)
 
 
 class Progress:
     """Counts decoder layers. ``show`` False prints nothing; ``callback`` gets every event's dict.
 
-    On a terminal each finished linear is a line above a bar with an ETA; elsewhere (a log file) one
-    line a decoder layer.
+    Events: {"event": "linear", the fields of a LinearRecord, "memory": bytes} and {"event":
+    "layer", "done", "layers", "seconds", "seconds_left"}; what the callback raises stops the run.
+    Lines go to stderr: linear, relative error, calibration tokens, rung of the solver's ladder,
+    seconds, memory of the process (and of the GPU), time left.
     """
 
     def __init__(
         self, layers: int, show: bool = True, callback: Callable[[dict], None] | None = None
     ) -> None:
-        self.layers, self.done, self.callback = layers, 0, callback
+        self.layers, self.done, self.first, self.callback = layers, 0, 0, callback
         self.started = time.monotonic()
         self.show = show
-        self.interactive = show and (sys.stderr.isatty() or "ipykernel" in sys.modules)
-        self.bar = tqdm(total=layers, unit="layer", leave=False) if self.interactive else None
+        interactive = show and (sys.stderr.isatty() or "ipykernel" in sys.modules)
+        self.bar = tqdm(total=layers, unit="layer", leave=False) if interactive else None
+        if show:
+            self._say(HEAD)
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        self.close()
+
+    def skip(self, layers: int) -> None:
+        """``layers`` were finished by an earlier run."""
+        self.done = self.first = layers
+        if self.bar is not None:
+            self.bar.update(layers)
+        if self.show and layers:
+            self._say(f"{layers} of {self.layers} layers are done already")
 
     def linear(self, record) -> None:
         """A linear has been quantised (a LinearRecord)."""
         if self.callback:
-            self.callback({"event": "linear", **vars(record)})
-        if self.bar is not None:
-            self.bar.write(
-                f"{record.name:<44} error {record.relative_error:.2e}  {record.seconds:.1f} s",
-                file=sys.stderr,
+            memory, _ = held_bytes()
+            self.callback({"event": "linear", **vars(record), "memory": memory})
+        if self.show:
+            name = record.name if len(record.name) <= 40 else "..." + record.name[-37:]
+            self._say(
+                f"{name:<40} {record.relative_error:8.1e} {record.tokens:9,} {record.rung:4} "
+                f"{record.seconds:8.2f} {_memory():>9} {_clock(self.seconds_left):>8}"
             )
 
     def layer(self, records) -> None:
         """A decoder layer is finished."""
         self.done += 1
         if self.callback:
-            self.callback({"event": "layer", "done": self.done, "layers": self.layers})
+            self.callback({
+                "event": "layer", "done": self.done, "layers": self.layers,
+                "seconds": time.monotonic() - self.started, "seconds_left": self.seconds_left,
+            })  # fmt: skip
         if self.bar is not None:
             self.bar.update()
         elif self.show:
-            elapsed = time.monotonic() - self.started
-            left = elapsed / self.done * (self.layers - self.done)
-            worst = max((r.relative_error for r in records), default=0.0)
-            print(
-                f"layer {self.done}/{self.layers}  worst error {worst:.2e}  "
-                f"{elapsed:.0f} s, {left:.0f} s left",
-                file=sys.stderr,
-                flush=True,
-            )
+            self._say(f"layer {self.done}/{self.layers} done, {_clock(self.seconds_left)} left")
 
     def close(self) -> None:
         if self.bar is not None:
             self.bar.close()
+
+    @property
+    def seconds_left(self) -> float | None:
+        """At the pace so far; None before the first layer is done."""
+        if self.done == self.first:
+            return None
+        pace = (time.monotonic() - self.started) / (self.done - self.first)
+        return pace * (self.layers - self.done)
+
+    def _say(self, line: str) -> None:
+        if self.bar is not None:
+            self.bar.write(line, file=sys.stderr)
+        else:
+            print(line, file=sys.stderr, flush=True)
+
+
+def held_bytes() -> tuple[int, int]:
+    """Memory in use now: resident in this process (0 where that is unknown), and on the GPU."""
+    gpu = torch.cuda.memory_allocated() if torch.cuda.is_initialized() else 0
+    try:
+        with open("/proc/self/statm", encoding="ascii") as file:
+            pages = int(file.read().split()[1])
+    except OSError:
+        return 0, gpu
+    import resource
+
+    return pages * resource.getpagesize(), gpu
+
+
+def _memory() -> str:
+    used, gpu = held_bytes()
+    text = f"{used / 2**20:.0f} MiB" if used else "-"
+    return f"{text}+{gpu / 2**20:.0f}" if gpu else text
+
+
+def _clock(seconds: float | None) -> str:
+    if seconds is None:
+        return "-"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
