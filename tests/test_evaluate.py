@@ -1,12 +1,12 @@
-"""Perplexity by its definition, and its protocol in the result."""
+"""Every figure by its definition, and its protocol in the result."""
 
 import math
 
 import pytest
 import torch
 
-from fewbit.errors import CalibrationError
-from fewbit.evaluate import perplexity
+from fewbit.errors import CalibrationError, MissingExtraError, UsageError
+from fewbit.evaluate import agreement, lm_eval_tasks, perplexity, speed
 from tiny import probe, tiny
 
 
@@ -48,3 +48,65 @@ def test_says_what_is_wrong():
         perplexity(model, probe(1, 5)[0], 1)
     with pytest.raises(CalibrationError, match="stride in 1..window, got 4 and 9"):
         perplexity(model, torch.zeros(20, dtype=torch.long), 4, 9)
+
+
+def test_agreement_by_definition():
+    model, reference, tokens = tiny("opt"), tiny("opt"), probe(1, 40)[0]
+    with torch.no_grad():
+        model.lm_head.weight += 0.1 * torch.randn(model.lm_head.weight.shape)
+    result = agreement(model, reference, tokens, 10, batch=3)
+    rows = tokens[:40].view(4, 10)
+    p = reference(rows).logits.double().log_softmax(-1)
+    q = model(rows).logits.double().log_softmax(-1)
+    want = float((p.exp() * (p - q)).sum(-1).mean())
+    assert math.isclose(result.kl, want, rel_tol=1e-4) and result.positions == 40
+    assert math.isclose(result.top1, float((p.argmax(-1) == q.argmax(-1)).double().mean()))
+    same = agreement(reference, reference, tokens, 10)
+    assert same.kl == 0 and same.top1 == 1 and "no BOS" in str(same)
+    with pytest.raises(UsageError, match="vocabularies"):
+        agreement(tiny("opt", vocab_size=90), reference, tokens % 90, 10)
+
+
+def test_speed_and_memory():
+    model = tiny("llama-gqa")
+    found = speed(model, probe(1, 40)[0], prompt=16, new=4)
+    held = sum(p.nbytes for p in model.parameters())
+    assert found.prefill > 0 and found.decode > 0 and found.prompt == 16 and found.new == 4
+    assert held <= found.weight_bytes < 1.1 * held + 1024 and found.peak_bytes > found.weight_bytes
+    with pytest.raises(CalibrationError, match="text is empty"):
+        speed(model, torch.empty(0, dtype=torch.long))
+
+
+TASK = """
+task: fewbit_local
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {file}}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{text}}}}"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: "{{{{answer}}}}"
+metric_list: [{{metric: acc}}]
+"""
+
+
+@pytest.mark.filterwarnings("default")
+def test_tasks_of_lm_eval(shared, tmp_path):
+    from fewbit.checkpoint import load_float, load_tokenizer
+
+    source = shared / "models" / "llama-tiny"
+    model, tokenizer = load_float(source), load_tokenizer(source)
+    try:
+        import lm_eval  # noqa: F401
+    except ImportError:
+        with pytest.raises(MissingExtraError, match="fewbit.eval"):
+            lm_eval_tasks(model, tokenizer, ["x"])
+        pytest.skip("lm_eval is not installed: fewbit[eval]")
+    data = tmp_path / "data.jsonl"
+    line = '{"text": "It was the", "choices": [" time", "zqx jvk"], "answer": 0}\n'
+    data.write_text(line * 4)
+    (tmp_path / "local.yaml").write_text(TASK.format(file=data))
+    found = lm_eval_tasks(model, tokenizer, ["fewbit_local"], folder=str(tmp_path))
+    assert found["fewbit_local"]["acc"] == 1.0
+    with pytest.raises(UsageError, match="no task 'nothing'"):
+        lm_eval_tasks(model, tokenizer, ["nothing"])

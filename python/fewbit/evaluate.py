@@ -1,9 +1,11 @@
-"""Perplexity whose protocol is part of the result."""
+"""What a model is worth: each result holds the protocol by which it was measured."""
 
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
 import torch
@@ -11,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .calibrate import Windows
-from .errors import CalibrationError
+from .errors import CalibrationError, MissingExtraError, UsageError
 
 
 @dataclass(frozen=True)
@@ -59,26 +61,16 @@ def perplexity(
     ``limit`` of them are used, ``batch`` at a time. Log-probabilities are taken in float32 and
     summed in float64. Raises CalibrationError when the text is shorter than one window.
     """
-    tokens = tokens.reshape(-1)
     stride = window if stride is None else stride
-    if window < 2 or not 1 <= stride <= window:
-        raise CalibrationError(
-            f"window must be at least 2 and stride in 1..window, got {window} and {stride}"
-        )
-    starts = list(range(0, len(tokens) - window + 1, stride))[:limit]
-    if not starts:
-        raise CalibrationError(
-            f"the text is too short: {len(tokens)} tokens, one window needs {window}"
-        )
+    rows = _windows(tokens, window, stride, limit)
     total, count = 0.0, 0
-    rows = Windows([tokens[None, s : s + window] for s in starts])
     for i, (ids, scores) in enumerate(_scores(model, rows, batch)):
         first = 0 if i == 0 else max(window - stride - 1, 0)
         losses = F.cross_entropy(scores[first:-1], ids[first + 1 :], reduction="none")
         total += float(losses.double().sum())
         count += len(losses)
     nll = total / count
-    return Perplexity(_exp(nll), nll, window, stride, len(starts), count)
+    return Perplexity(_exp(nll), nll, window, stride, len(rows.batches), count)
 
 
 @dataclass(frozen=True)
@@ -124,14 +116,159 @@ def compare(
     return Comparison(_exp(total / count), divergence / count, count)
 
 
+@dataclass(frozen=True)
+class Agreement:
+    """How far a model's predictions are from a reference's, over ``windows`` of ``window`` tokens.
+
+    ``kl``: mean KL(reference || model) in nats; ``top1``: fraction of the ``positions`` where both
+    find the same token most likely.
+    """
+
+    kl: float
+    top1: float
+    window: int
+    windows: int
+    positions: int
+
+    def __str__(self) -> str:
+        return (
+            f"KL divergence {self.kl:.2e} nats, top-1 agreement {100 * self.top1:.2f} % "
+            f"({self.windows} windows of {self.window} tokens, no BOS)"
+        )
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+
+def agreement(
+    model: nn.Module,
+    reference: nn.Module,
+    tokens: Tensor,
+    window: int = 2048,
+    limit: int | None = None,
+    batch: int = 4,
+) -> Agreement:
+    """Compare ``model`` with ``reference`` (its float original) on ``tokens`` int64 [tokens].
+
+    Windows as in ``perplexity``, without overlap; every position counts. Raises CalibrationError
+    as ``perplexity`` does, UsageError when the two have different vocabularies.
+    """
+    data = _windows(tokens, window, window, limit)
+    total, same, count = 0.0, 0, 0
+    pairs = zip(_scores(model, data, batch), _scores(reference, data, batch), strict=True)
+    for (_, q), (_, p) in pairs:
+        if p.shape != q.shape:
+            raise UsageError(
+                f"the models have vocabularies of {q.shape[-1]} and {p.shape[-1]} tokens: the "
+                "reference must be the original of the quantised model"
+            )
+        p, q = p.to(q.device).log_softmax(-1), q.log_softmax(-1)
+        total += float((p.exp() * (p - q)).sum(dtype=torch.float64))
+        same += int((p.argmax(-1) == q.argmax(-1)).sum())
+        count += len(q)
+    return Agreement(total / count, same / count, window, len(data.batches), count)
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Tokens a second of ``prompt`` tokens at once and of ``new`` greedy ones after it, the best of
+    three; ``weight_bytes`` of parameters and buffers, ``peak_bytes`` of the process (or GPU)."""
+
+    prefill: float
+    decode: float
+    prompt: int
+    new: int
+    weight_bytes: int
+    peak_bytes: int
+    threads: int
+
+    def __str__(self) -> str:
+        return (
+            f"prompt {self.prefill:.0f} tokens/s, decode {self.decode:.1f} tokens/s (batch 1, "
+            f"{self.prompt} + {self.new} tokens, {self.threads} threads), weights "
+            f"{self.weight_bytes / 2**20:.1f} MiB, peak {self.peak_bytes / 2**20:.0f} MiB"
+        )
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+
+@torch.no_grad()
+def speed(model: nn.Module, tokens: Tensor, prompt: int = 128, new: int = 32) -> Speed:
+    """Throughput and memory of a transformers model with a cache, batch 1."""
+    ids = tokens.reshape(1, -1)[:, :prompt]
+    if ids.shape[1] < 1:
+        raise CalibrationError("the text is empty: measuring speed needs at least one token")
+    with _evaluating(model) as device:
+        first = _generate(model, ids.to(device), 1)  # the prompt, and one token from it
+        steps = max(_generate(model, ids.to(device), 1 + new) - first, 1e-9)
+    held = {t.data_ptr(): t.nbytes for t in (*model.parameters(), *model.buffers())}
+    return Speed(
+        ids.shape[1] / first, new / steps, ids.shape[1], new, sum(held.values()),
+        peak_bytes(device), torch.get_num_threads(),
+    )
+
+
+def _generate(model: nn.Module, ids: Tensor, new: int) -> float:
+    """Seconds of ``new`` greedy tokens after ``ids`` [1, prompt], the best of three."""
+    best = math.inf
+    for _ in range(3):
+        started = _now(ids.device)
+        model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, min_new_tokens=new,
+            do_sample=False, pad_token_id=0,
+        )  # fmt: skip
+        best = min(best, _now(ids.device) - started)
+    return best
+
+
+def lm_eval_tasks(
+    model: nn.Module, tokenizer, tasks: Sequence[str], limit: int | None = None,
+    folder: str | None = None,
+) -> dict:
+    """Results of lm-eval's own tasks by name; ``folder`` holds further task files (YAML)."""
+    try:
+        from lm_eval import simple_evaluate
+        from lm_eval.models.huggingface import HFLM
+        from lm_eval.tasks import TaskManager
+    except ImportError:
+        raise MissingExtraError("tasks need lm_eval: pip install 'fewbit[eval]'") from None
+    manager = TaskManager(include_path=folder)
+    unknown = sorted(set(tasks) - set(manager.all_tasks))
+    if unknown:
+        raise UsageError(f"lm-eval has no task {unknown[0]!r}; `lm_eval ls tasks` lists them")
+    found = simple_evaluate(
+        model=HFLM(pretrained=model, tokenizer=tokenizer), tasks=list(tasks), limit=limit,
+        task_manager=manager, bootstrap_iters=0,
+    )
+    return {
+        task: {key.removesuffix(",none"): v for key, v in values.items() if isinstance(v, float)}
+        for task, values in found["results"].items()
+    }
+
+
+def peak_bytes(device: torch.device | None = None) -> int:
+    """The most memory that the process, or the GPU for it, has held so far."""
+    if device is not None and device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
 @torch.no_grad()
 def _scores(model: nn.Module, data: Windows, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
     """(ids [tokens], logits [tokens, vocabulary] float32) of the real tokens of every window;
     ``batch`` windows of one length go through the model together."""
-    device = next(model.parameters()).device
-    training = model.training
-    model.eval()
-    try:
+    with _evaluating(model) as device:
         for i in range(0, len(data.batches), batch):
             pairs = list(zip(data.batches[i : i + batch], data.masks[i : i + batch], strict=True))
             alike = len({ids.shape for ids, _ in pairs}) == 1 and all(m is None for _, m in pairs)
@@ -143,9 +280,33 @@ def _scores(model: nn.Module, data: Windows, batch: int) -> Iterator[tuple[Tenso
                 for n, (row, scores) in enumerate(zip(ids, logits, strict=True)):
                     real = slice(None) if mask is None else mask[n].to(device)
                     yield row[real], scores[real].float()
-    finally:
-        model.train(training)
 
 
 def _exp(nll: float) -> float:
     return math.exp(nll) if nll < 700 else math.inf
+
+
+def _windows(tokens: Tensor, window: int, stride: int, limit: int | None) -> Windows:
+    """Windows of ``window`` tokens that start ``stride`` apart, the first ``limit`` of them."""
+    tokens = tokens.reshape(-1)
+    if window < 2 or not 1 <= stride <= window:
+        raise CalibrationError(
+            f"window must be at least 2 and stride in 1..window, got {window} and {stride}"
+        )
+    starts = list(range(0, len(tokens) - window + 1, stride))[:limit]
+    if not starts:
+        raise CalibrationError(
+            f"the text is too short: {len(tokens)} tokens, one window needs {window}"
+        )
+    return Windows([tokens[None, s : s + window] for s in starts])
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[torch.device]:
+    """The model in eval mode inside the block; its device."""
+    training = model.training
+    model.eval()
+    try:
+        yield next(model.parameters()).device
+    finally:
+        model.train(training)
