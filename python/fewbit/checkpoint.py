@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from . import formats
+from . import card, formats
 from .convert import finish
 from .errors import CheckpointError, MissingExtraError, UnsupportedError, UsageError
 from .families import linear_names
@@ -24,6 +24,7 @@ from .modules import build_linear, format_for, module_tensors
 from .online import online_paths
 from .pipeline import replace_module
 from .recipes import Recipe
+from .report import Report
 from .shards import Shards, Writer, same_directory
 from .stored import find
 from .transforms.fold import RMSNorm
@@ -51,12 +52,15 @@ def save(
     format: str = "compressed-tensors",
     tokenizer=None,
     max_shard_size: int = 5_000_000_000,
+    report: Report | None = None,
 ) -> list[str]:
     """Write a quantised transformers model to the directory ``path``; returns the file names.
 
     ``format``: a name of ``fewbit.formats.WRITERS``. What is not quantised is written in the type
-    it has. Nothing is half-written: files get their names when all of them are complete. Raises
-    UsageError for a model without packed linears, UnsupportedError where one does not fit.
+    it has. A model card README.md is written too, with the figures of ``report`` (what
+    ``quantize_`` returned) where one is given. Nothing is half-written: files get their names when
+    all of them are complete. Raises UsageError for a model without packed linears,
+    UnsupportedError where one does not fit.
     """
     writer_format = formats.get(format)
     config = getattr(model, "config", None)
@@ -109,6 +113,7 @@ def save(
         files = finish(writer, described, section, _side_files(model))
     if tokenizer is not None:
         tokenizer.save_pretrained(path)
+    card.write(path, report, source)
     return files
 
 

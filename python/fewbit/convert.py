@@ -106,6 +106,9 @@ def convert(
         config = {k: v for k, v in shards.config.items() if k != "quantization_config"}
         nbytes = writer.total
         files = finish(writer, config, section, side_files(shards.path, SIDE_FILES))
+    from . import card
+
+    card.write(target, source=shards.path.name)
     return Converted(
         plan.format.name, to, len(stored), nbytes, files, verdicts(target), notes
     )

@@ -1,0 +1,116 @@
+"""The model card: README.md of a quantised directory, from what the directory holds."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from string import Template
+
+from .convert import verdicts
+from .engines import Verdict
+from .report import Report
+from .shards import Shards
+
+MARK = "<!-- written by fewbit -->"  # a card without it is somebody's own and stays
+COMMANDS = {  # how each engine is started on a directory
+    "vLLM": "vllm serve DIR",
+    "TGI": "text-generation-launcher --model-id DIR",
+    "LMDeploy TurboMind": "lmdeploy serve api_server DIR",
+    "LMDeploy PyTorch": "lmdeploy serve api_server DIR --backend pytorch",
+    "transformers": 'AutoModelForCausalLM.from_pretrained("DIR")',
+    "llama.cpp": "llama-server -m DIR/model.gguf",
+}
+CARD = Template("""\
+---
+${front}library_name: transformers
+pipeline_tag: text-generation
+tags: [fewbit, quantized]
+---
+$mark
+# $title
+
+$facts
+
+## How to load
+
+```python
+import fewbit
+model = fewbit.load("DIR")
+```
+
+| engine | loads | how |
+|---|---|---|
+$engines
+$details""")
+
+
+def write(path: str | Path, report: Report | None = None, source: str = "") -> None:
+    """Write README.md into a quantised directory, unless somebody's own is there.
+
+    ``source``: name or path of the float model; a name as the hub has them becomes base_model.
+    """
+    target = Path(path) / "README.md"
+    if target.exists() and MARK not in target.read_text(encoding="utf-8", errors="replace"):
+        return
+    target.write_text(text(path, report, source), encoding="utf-8")
+
+
+def text(path: str | Path, report: Report | None = None, source: str = "") -> str:
+    """The card."""
+    config = Shards(path).config
+    section = config["quantization_config"]
+    source = source or (report.source if report else "")
+    name = Path(source).name or config.get("model_type", "model")
+    method = report.recipe["name"] if report else section["quant_method"]
+    hub = source.count("/") == 1 and not Path(source).exists() and not source.startswith((".", "/"))
+    front = f"base_model: {source}\nbase_model_relation: quantized\n" if hub else ""
+    facts = [f"Quantised after training with `{method}`, stored as {section['quant_method']}."]
+    if report:
+        facts += _facts(report)
+    return CARD.substitute(
+        front=front, mark=MARK, title=f"{name}, {method}", facts="\n".join(facts),
+        engines="\n".join(map(_engine, verdicts(path))), details=_details(report),
+    )  # fmt: skip
+
+
+def _facts(report: Report) -> list[str]:
+    scheme = report.linears[0].scheme if report.linears else ""
+    mean = sum(r.relative_error for r in report.linears) / max(len(report.linears), 1)
+    rows = [
+        ("scheme", f"`{scheme}`, {report.bits_per_weight:.2f} bits a weight"),
+        ("linears", f"{len(report.linears)}, {report.bytes_after / 2**20:,.1f} MiB "
+                    f"(float: {report.bytes_before / 2**20:,.1f} MiB)"),
+        ("mean relative error", f"{mean:.2e} ({len(report.fallbacks)} fallbacks)"),
+    ]  # fmt: skip
+    if report.calibration:
+        rows.append((
+            "calibration", f"{report.calibration['tokens']:,} tokens of "
+            f"{report.calibration['source']}, SHA-256 `{report.calibration['sha256']}`",
+        ))  # fmt: skip
+    for entry in report.evaluations:
+        if "perplexity" in entry:
+            p = entry["perplexity"]
+            rows.append((
+                f"perplexity, {entry['text']}", f"{p['value']:.4f} ({p['windows']} windows of "
+                f"{p['window']} tokens, stride {p['stride']}, no BOS)",
+            ))  # fmt: skip
+        if "against" in entry:
+            a = entry["against"]
+            agreement = f"KL {a['kl']:.2e} nats, top-1 agreement {100 * a['top1']:.2f} %"
+            rows.append((f"against the float model, {entry['text']}", agreement))
+    return ["", "| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows)]
+
+
+def _engine(verdict: Verdict) -> str:
+    if not verdict.loads:
+        return f"| {verdict.engine} | no | {verdict.reason} |"
+    note = f" ({verdict.reason})" if verdict.reason else ""
+    return f"| {verdict.engine} | yes | `{COMMANDS[verdict.engine]}`{note} |"
+
+
+def _details(report: Report | None) -> str:
+    if report is None:
+        return ""
+    blocks = {"recipe": report.recipe, "environment": report.environment}
+    return f"\n## Recipe\n\n```json\n{json.dumps(blocks, indent=1)}\n```\n"
+
