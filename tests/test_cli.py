@@ -1,10 +1,11 @@
 """The command line: every wrong use is one sentence, the right exit code, and nothing written."""
 
 import json
+import subprocess
 
 import pytest
 
-from fewbit.cli import main
+from fewbit.cli import COMMANDS, main
 
 
 @pytest.fixture
@@ -29,10 +30,29 @@ def test_quantise_eval_inspect_on_a_real_model(shared, tmp_path, run):
     quantized = json.loads(stdout)
     code, stdout, _ = run("eval", model, "--text", books, "--window", 256, "--limit", 4, "--json")
     original = json.loads(stdout)
+    original, quantized = original["perplexity"], quantized["perplexity"]
     assert original["value"] < quantized["value"] < 1.2 * original["value"]
     assert quantized["predictions"] == 4 * 255
     code, stdout, _ = run("inspect", out)
-    assert code == 0 and "w4a16g128asym" in stdout and "24" in stdout
+    assert code == 0 and "24 x w4a16g128asym" in stdout
+    options = ("--window", 256, "--limit", 2, "--against", model, "--speed", "--save")
+    code, stdout, _ = run("eval", out, "--text", books, *options)
+    assert code == 0 and "no BOS, 510 predictions" in stdout and "top-1 agreement" in stdout
+    code, stdout, _ = run("report", out)
+    assert code == 0 and "KL" in (out / "fewbit_report.html").read_text()
+
+
+def test_a_run_is_repeated_from_its_recipe(shared, tmp_path, run):
+    model, out = shared / "models" / "opt-tiny", tmp_path / "out"
+    code, _, _ = run("quantize", model, "-o", out, "--method", "rtn", "--bits", 3, "--quiet")
+    assert code == 0
+    recipe = out / "fewbit_recipe.toml"
+    assert run("quantize", "--recipe", recipe, "-o", tmp_path / "b", "--quiet")[0] == 0
+    a, b = ((d / "model.safetensors").read_bytes() for d in (out, tmp_path / "b"))
+    assert a == b
+    code, _, _ = run("quantize", "--recipe", recipe, "-o", tmp_path / "c", "--bits", 4, "--quiet")
+    assert code == 0 and len((tmp_path / "c" / "model.safetensors").read_bytes()) > len(a)
+    assert "MODEL_DIR is missing" in run("quantize", "-o", tmp_path / "d", "--method", "rtn")[2]
 
 
 @pytest.mark.parametrize(
@@ -103,10 +123,21 @@ def test_doctor_and_help(run, capsys):
     code, stdout, _ = run("doctor", "--json")
     assert json.loads(stdout)["fewbit"]["fix"] == ""
     assert run()[0] == 2
-    for command in ("quantize", "eval", "inspect", "convert", "doctor", "demo"):
+    for command in COMMANDS:
         with pytest.raises(SystemExit) as stop:
             main([command, "--help"])
         text = capsys.readouterr().out
-        assert stop.value.code == 0 and "example: fewbit" in text and text.count("\n") <= 45
+        assert stop.value.code == 0 and "example: " in text and text.count("\n") <= 32
 
 
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_knows_every_command_and_flag(run, shell):
+    code, script, _ = run("completion", shell)
+    assert code == 0 and all(command in script for command in COMMANDS)
+    assert "group-size" in script and "max-shard-size" in script
+    if shell == "bash":
+        probe = "COMP_WORDS=(fewbit quantize --me); COMP_CWORD=2; _fewbit; echo ${COMPREPLY[@]}"
+        done = subprocess.run(
+            ["bash", "-c", f"{script}\n{probe}"], capture_output=True, text=True, check=True
+        )
+        assert done.stdout.split() == ["--method"]

@@ -12,7 +12,7 @@ def test_demo_runs_and_shows_what_it_claims(tmp_path, monkeypatch):
 
     # The 7B-sized layer takes a gigabyte and seconds; a small one runs the same code.
     monkeypatch.setattr(demo, "LAYER", [(256, 128), (128, 256)])
-    result = demo.run(tmp_path / "out", show=False)
+    result = demo.run(tmp_path / "out")
     original, rtn, awq = (row["perplexity"] for row in result["rows"])
     assert original < awq < rtn and awq - original < 0.6 * (rtn - original)
     sizes = [row["linear_bytes"] for row in result["rows"]]

@@ -19,7 +19,7 @@ from torch import nn
 from ..calibrate import tokenize
 from ..checkpoint import load_float, load_tokenizer
 from ..errors import MissingExtraError
-from ..evaluate import perplexity
+from ..evaluate import perplexity, speed
 from ..families import linear_names
 from ..linear import PackedLinear
 from ..pipeline import quantize_
@@ -37,7 +37,7 @@ LAYER = [  # (out_features, in_features) of a 7B Llama-type decoder layer
 ]  # fmt: skip
 
 
-def run(output: Path, show: bool = True) -> dict:
+def run(output: Path) -> dict:
     """Quantise, measure, write ``demo.json`` and ``demo.png`` into ``output``; returns the figures.
 
     Raises MissingExtraError without transformers; without matplotlib the plot alone is missing, and
@@ -55,11 +55,10 @@ def run(output: Path, show: bool = True) -> dict:
         )
         rows.append(_row(f"{method} {SCHEME}", model, tokens, report.seconds))
         restore_(model)
-    speed = layer_speed()
     result = {
         "protocol": f"{WINDOWS} windows of {WINDOW} tokens, no overlap, no BOS",
         "rows": rows,
-        "layer": speed,
+        "layer": layer_speed(),
         "threads": torch.get_num_threads(),
     }
     (output / "demo.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
@@ -68,8 +67,6 @@ def run(output: Path, show: bool = True) -> dict:
         result["plot"] = str(output / "demo.png")
     except MissingExtraError as error:
         result["plot"] = f"not written: {error}"
-    if show:
-        print(table(result))
     return result
 
 
@@ -78,7 +75,7 @@ def _row(name: str, model: nn.Module, tokens: torch.Tensor, seconds: float = 0.0
         "model": name,
         "perplexity": float(perplexity(model, tokens, WINDOW, limit=WINDOWS)),
         "linear_bytes": sum(_nbytes(model.get_submodule(n)) for n in linear_names(model)),
-        "decode_tokens_per_second": decode_speed(model, tokens[:16]),
+        "decode_tokens_per_second": speed(model, tokens, 16, 48).decode,
         "quantise_seconds": seconds,
     }
 
@@ -87,19 +84,6 @@ def _nbytes(module: nn.Module) -> int:
     if isinstance(module, PackedLinear):
         return module.nbytes()
     return sum(p.numel() * p.element_size() for p in module.parameters())
-
-
-def decode_speed(model: nn.Module, prompt: torch.Tensor, new: int = 48) -> float:
-    """Greedy decode, tokens a second, best of three."""
-    best = 0.0
-    for _ in range(3):
-        started = time.perf_counter()
-        model.generate(
-            prompt[None], attention_mask=torch.ones_like(prompt[None]), max_new_tokens=new,
-            min_new_tokens=new, do_sample=False, pad_token_id=0,
-        )  # fmt: skip
-        best = max(best, new / (time.perf_counter() - started))
-    return best
 
 
 @torch.no_grad()
