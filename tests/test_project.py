@@ -29,7 +29,7 @@ def includes(path):
 def test_top_level_holds_what_the_design_lists():
     allowed = {
         "cpp", "python", "tests", "notebooks", "scripts", "pyproject.toml", "CMakeLists.txt",
-        "README.md", "README.ko.md", "README.zh.md", "CHANGELOG.md", "LICENSE",
+        "README.md", "CHANGELOG.md", "LICENSE",
         "build", "dist",
     }  # fmt: skip
     found = {p.name for p in ROOT.iterdir() if not p.name.startswith(".")}
@@ -159,7 +159,7 @@ def test_import_is_quiet_and_light():
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     seconds, *loaded = done.stdout.split()
     assert done.returncode == 0 and done.stderr == "" and loaded == ["False", "False"]
-    assert float(seconds) < 2.0  # the goal is 0.15 s; this only catches an eager import
+    assert float(seconds) < 0.15  # 2 ms on an idle machine
 
 
 def test_files_are_ascii_and_end_with_a_newline():
