@@ -37,7 +37,7 @@ def test_a_terminal_gets_a_bar_below_the_lines(capsys, monkeypatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     run()
     text = capsys.readouterr().err
-    assert "model.layers.1.fc1" in text and "2/2" in text and "layer 1/2 done" not in text
+    assert "model.layers.1.fc1" in text and "1/2" in text and "layer 1/2 done" not in text
 
 
 def test_quiet_prints_nothing_and_programs_get_events(capsys):

@@ -117,5 +117,9 @@ def _options(pairs) -> dict:
 
 
 def _lines(table: Mapping[str, Any]) -> list[str]:
-    # JSON's strings, numbers, booleans and lists of them are TOML's as well.
-    return [f"{key} = {json.dumps(value)}" for key, value in table.items() if value is not None]
+    return [f"{key} = {_toml(value)}" for key, value in table.items() if value is not None]
+
+
+def _toml(value: Any) -> str:
+    # JSON's strings, numbers, booleans and lists of them are TOML's too, but for one character.
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
