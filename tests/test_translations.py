@@ -18,7 +18,7 @@ TRANSLATED = {
     "": "1e34844191e739cb",
     "Two commands": "74f3be06557b5df1",
     "Ten lines": "559b9c7fa805f729",
-    "Methods": "7d527c1ec51358fb",
+    "Methods": "7a044a872fb596ff",
 }
 
 
