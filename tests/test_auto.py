@@ -1,6 +1,8 @@
 """method="auto": a knapsack that is exact, costs that predict, a choice that holds up."""
 
 import itertools
+import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,8 +11,10 @@ import fewbit
 from fewbit import auto, evaluate
 from fewbit.calibrate import Windows, cut, read_text, tokenize
 from fewbit.checkpoint import load_float, load_tokenizer
+from fewbit.cli import main
 from fewbit.errors import CalibrationError, UsageError
 from fewbit.families import describe, linear_names
+from fewbit.recipes import build
 from fewbit.scheme import Scheme
 from tiny import probe, tiny
 
@@ -113,6 +117,30 @@ def test_auto_beats_the_best_single_width_on_unseen_text(shared):
         fewbit.restore_(model)
         assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert sizes["auto"] <= sizes["awq+qronos"] and losses["auto"] < losses["awq+qronos"]
+
+
+def test_mixed_widths_survive_saving(tmp_path):
+    model, ids = tiny("llama-gqa"), probe()
+    names = list(linear_names(model))
+    mixed = {name: Scheme(bits=auto.WIDTHS[i % 4], group_size=32) for i, name in enumerate(names)}
+    recipe = replace(build("rtn", "w4a16g32"), schemes=mixed)
+    report = fewbit.quantize_(model, recipe, progress=False)
+    assert {r.name: r.scheme for r in report.linears} == {n: str(s) for n, s in mixed.items()}
+    before = model(ids).logits
+    fewbit.save(model, tmp_path, "fewbit")
+    assert torch.equal(fewbit.load(tmp_path)(ids).logits, before)
+
+
+def test_command_line(shared, tmp_path, capsys):
+    out = tmp_path / "out"
+    arguments = [
+        "quantize", str(shared / "models" / "llama-tiny"), "-o", str(out), "--method", "auto",
+        "--bits", "3", "--calibration", str(shared / "data" / "books_calibration.txt"),
+        "--window", "32", "--samples", "4", "--quiet",
+    ]
+    assert main([*arguments, "--format", "awq"]) == 4  # it has one width only
+    assert main(arguments) == 0 and main(["inspect", str(out), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["linears"] == 28
 
 
 def test_says_what_is_wrong():

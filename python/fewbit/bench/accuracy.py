@@ -253,7 +253,7 @@ def markdown(result: dict) -> str:
         f"Perplexity and mean KL divergence from the float model: {p['text']}, the first "
         f"{p['windows']} windows of {p['window']} tokens, no overlap, no BOS, float32 arithmetic. "
         f"Calibration: the first {p['samples']} windows of {p['calibration']}. Bits of a weight of "
-        "the quantised linears with scales and zero points; seconds of quantisation on "
+        "the quantised linears, their scales, zero points and biases included; seconds, on "
         f"{result['environment']['threads']} threads; peak memory beyond the loaded model.",
         "",
         f"Float: {base:.2f}.",
