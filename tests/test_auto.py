@@ -16,6 +16,7 @@ from fewbit.errors import CalibrationError, UsageError
 from fewbit.families import describe, linear_names
 from fewbit.recipes import build
 from fewbit.scheme import Scheme
+from fewbit.solvers.auto import WIDTHS
 from tiny import probe, tiny
 
 
@@ -71,7 +72,7 @@ def test_fisher_is_the_mean_squared_gradient():
     torch.testing.assert_close(got[name], total / 27, rtol=1e-4, atol=0)
 
 
-@pytest.mark.parametrize("bits", auto.WIDTHS)
+@pytest.mark.parametrize("bits", WIDTHS)
 @pytest.mark.parametrize("rows, columns, group_size", [(16, 128, 64), (48, 192, -1)])
 def test_sizes_are_those_of_packed_linears(rows, columns, group_size, bits):
     scheme = Scheme(bits=bits, group_size=group_size)
@@ -122,7 +123,7 @@ def test_auto_beats_the_best_single_width_on_unseen_text(shared):
 def test_mixed_widths_survive_saving(tmp_path):
     model, ids = tiny("llama-gqa"), probe()
     names = list(linear_names(model))
-    mixed = {name: Scheme(bits=auto.WIDTHS[i % 4], group_size=32) for i, name in enumerate(names)}
+    mixed = {name: Scheme(bits=WIDTHS[i % 4], group_size=32) for i, name in enumerate(names)}
     recipe = replace(build("rtn", "w4a16g32"), schemes=mixed)
     report = fewbit.quantize_(model, recipe, progress=False)
     assert {r.name: r.scheme for r in report.linears} == {n: str(s) for n, s in mixed.items()}
@@ -148,9 +149,11 @@ def test_says_what_is_wrong():
     for options, message in [
         (dict(bits=3.0, kl=0.1), "a size .bits. or a quality .kl., not both"),
         (dict(bits=1.0), "too small: the narrowest weights need"),
-        (dict(depth=3), "method 'auto' takes bits, kl, widths, got 'depth'"),
+        (dict(depth=3), "method 'auto': .*unexpected keyword argument 'depth'"),
     ]:
         with pytest.raises(UsageError, match=message):
             fewbit.quantize_(model, "auto", "w4a16g16", data, progress=False, **options)
+    with pytest.raises(UsageError, match="'auto' chooses the stack itself, got 'awq.auto'"):
+        fewbit.quantize_(model, "awq+auto", "w4a16g16", data, progress=False)
     with pytest.raises(CalibrationError, match="at least 4 calibration windows .* got 2"):
         fewbit.quantize_(model, "auto", "w4a16g16", probe(2, 12), progress=False)

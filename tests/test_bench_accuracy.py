@@ -89,7 +89,5 @@ def test_every_cell_of_the_table_is_a_recipe_for_its_scheme():
     for scheme, rows in accuracy.TABLE.items():
         assert len({m.label for m in rows}) == len(rows)
         for method in rows:
-            if method.method == "auto":
-                continue
             recipe = build(method.method, scheme, **method.options)
             assert (recipe.integer or recipe.quantizes_activations) == ("a16" not in scheme)

@@ -29,33 +29,29 @@ from .recipes import Recipe, build
 from .scheme import FLOAT_BITS, Scheme
 from .solvers.gptq import GPTQ
 
-WIDTHS = (2, 3, 4, 8)  # that are stored in that many bits
 STACKS = {  # by whether activations are quantised
     False: ("qronos", "awq+qronos", "quarot+qronos"),
     True: ("smoothquant+qronos", "quarot+qronos"),
 }
 ROWS = 512  # of a linear, whose errors stand for all
-AUTO_OPTIONS = ("bits", "kl", "widths")
 BUCKETS = 20000  # of the knapsack's size axis
 
 
 def choose(
     model: nn.Module,
-    scheme: Scheme,
+    recipe: Recipe,
     data: Windows,
     trial: Callable[[Recipe, Windows], AbstractContextManager],
-    bits: float | None = None,
-    kl: float | None = None,
-    widths: Sequence[int] = WIDTHS,
 ) -> Recipe:
-    """The recipe that ``quantize_`` runs for method "auto", and leaves ``model`` as it was.
+    """The recipe that ``quantize_`` runs in place of ``recipe``, whose solver is Auto; ``model`` is
+    left as it was.
 
-    ``scheme``: group size, grid and activations of all candidates; its width is the single one.
-    Size: that of the scheme, or ``bits`` per weight, scales and zero points included. ``kl``: in
-    place of a size, the KL divergence that may not be exceeded, as predicted and then corrected by
-    what one width was predicted to cost and did. Inside ``trial(recipe, windows)`` the model is
-    quantised.
+    All candidates have the group size, grid and activations of the recipe's scheme; its width is
+    the single one. A quality ``kl`` is met as predicted, corrected by what the single width was
+    predicted to cost and did. Inside ``trial(recipe, windows)`` the model is quantised.
     """
+    scheme, bits, kl = recipe.scheme, recipe.solver.bits, recipe.solver.kl
+    widths = recipe.solver.widths
     if bits is not None and kl is not None:
         raise UsageError("auto takes a size (bits) or a quality (kl), not both")
     if len(data.batches) < 4:

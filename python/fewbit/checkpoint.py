@@ -119,14 +119,15 @@ def save(
 
 def check_fits(model: nn.Module, recipe: Recipe, format: str) -> None:
     """UnsupportedError, before any work, if the result will have no place in the format."""
-    writer_format, scheme = formats.get(format), recipe.scheme
+    writer_format = formats.get(format)
     if any(transform.online for transform in recipe.transforms):
-        raise UnsupportedError(f"method {recipe.name!r} with scheme {scheme} {ONLINE}")
+        raise UnsupportedError(f"method {recipe.name!r} with scheme {recipe.scheme} {ONLINE}")
     for name in linear_names(model):
         linear = model.get_submodule(name)
-        reason = writer_format.refuse(scheme, linear.out_features, linear.in_features)
-        if reason:
-            raise UnsupportedError(f"{name} does not fit format {format}: {reason}")
+        for scheme in recipe.possible_schemes:
+            reason = writer_format.refuse(scheme, linear.out_features, linear.in_features)
+            if reason:
+                raise UnsupportedError(f"{name} does not fit format {format}: {reason}")
 
 
 def _float_dtype(model: nn.Module) -> torch.dtype:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from . import _C
-from .auto import AUTO_OPTIONS, choose
+from .auto import choose
 from .calibrate import FloatPass, Windows, capture, collect, run_layer, windows
 from .certificate import Probe
 from .errors import UsageError
@@ -24,6 +24,7 @@ from .pseudo import require_activations
 from .recipes import Recipe, build
 from .report import LinearRecord, Report
 from .scheme import FLOAT_BITS, Scheme
+from .solvers.auto import Auto
 from .stats import Stats
 from .transforms import LayerContext
 from .undo import remember, restore_
@@ -45,18 +46,15 @@ def quantize_(
 ) -> Report:
     """Quantise the decoder linears of a live model, in place.
 
-    ``method``: a name of ``fewbit.recipes.METHODS`` ("rtn", "awq", stacks such as "awq+gptq"), a
-    Recipe, or "auto" for mixed widths of the scheme's size (auto.choose); ``options`` go to the
-    method. ``calibration``: texts (with ``tokenizer``), token ids, or the path of a text file, cut
-    into ``samples`` windows of ``window`` tokens. Embeddings, norms and the head stay float.
-    ``keep_float`` keeps a copy of the float weights for ``restore_``.
+    ``method``: a name of ``fewbit.recipes.METHODS`` ("rtn", "awq", stacks such as "awq+gptq", or
+    "auto", which chooses itself) or a Recipe; ``options`` go to the method. ``calibration``: texts
+    (with ``tokenizer``), token ids, or the path of a text file, cut into ``samples`` windows of
+    ``window`` tokens. Embeddings, norms and the head stay float. ``keep_float`` keeps a copy of the
+    float weights for ``restore_``.
 
     Everything that can be refused is refused before the model is touched: UsageError,
     CalibrationError or UnsupportedError, one sentence each.
     """
-    if method == "auto":
-        calibration = windows(calibration, tokenizer, window, samples)
-        method, options = _choose(model, Scheme.parse(scheme), calibration, options), {}
     recipe = build(method, scheme, **options)
     family = describe(model)
     undo = linearise(model, family)
@@ -65,6 +63,8 @@ def quantize_(
         data = windows(calibration, tokenizer, window, samples) if recipe.needs_stats else None
     finally:
         undo()
+    if isinstance(recipe.solver, Auto):
+        recipe = _choose(model, recipe, data)
     started = time.monotonic()
     report = Report(recipe.to_dict(), type(model).__name__, environment=environment())
     report.source = getattr(getattr(model, "config", None), "_name_or_path", "")
@@ -90,7 +90,7 @@ def quantize_(
     return report
 
 
-def _choose(model: nn.Module, scheme: Scheme, data: Windows, options: dict) -> Recipe:
+def _choose(model: nn.Module, recipe: Recipe, data: Windows) -> Recipe:
     """auto.choose, with trials that leave no trace."""
 
     @contextmanager
@@ -101,10 +101,7 @@ def _choose(model: nn.Module, scheme: Scheme, data: Windows, options: dict) -> R
         finally:
             restore_(model)
 
-    for name in options:
-        if name not in AUTO_OPTIONS:
-            raise UsageError(f"method 'auto' takes {', '.join(AUTO_OPTIONS)}, got {name!r}")
-    return choose(model, scheme, data, trial, **options)
+    return choose(model, recipe, data, trial)
 
 
 @torch.no_grad()

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from .errors import UsageError
 from .scheme import FLOAT_BITS, Scheme
 from .solvers import Solver
+from .solvers.auto import WIDTHS, Auto
 from .solvers.clip import Clip
 from .solvers.gptq import GPTQ
 from .solvers.llm_int8 import LLMInt8
@@ -44,6 +45,13 @@ class Recipe:
     def scheme_of(self, name: str) -> Scheme:
         """The scheme of one linear."""
         return self.schemes.get(name, self.scheme)
+
+    @property
+    def possible_schemes(self) -> tuple[Scheme, ...]:
+        """Every scheme that a linear may get."""
+        widths = self.solver.widths if isinstance(self.solver, Auto) else ()
+        wide = (replace(self.scheme, bits=bits) for bits in widths)
+        return tuple(dict.fromkeys((self.scheme, *self.schemes.values(), *wide)))
 
     @property
     def needs_stats(self) -> bool:
@@ -150,6 +158,17 @@ def qronos(
     return Recipe("qronos", Scheme.parse(scheme), (), solver, sequential, true_sequential)
 
 
+def auto(
+    scheme: Scheme | str = "w4a16g128",
+    bits: float | None = None,
+    kl: float | None = None,
+    widths: tuple[int, ...] = WIDTHS,
+) -> Recipe:
+    """Mixed widths and the stack that suits (auto.choose), within the size of ``scheme`` or of
+    ``bits`` a weight, or to a quality ``kl``; it stands alone, in no stack."""
+    return Recipe("auto", Scheme.parse(scheme), solver=Auto(bits, kl, widths))
+
+
 def quarot(
     scheme: Scheme | str = "w4a4",
     kind: str = "random-hadamard",
@@ -207,6 +226,7 @@ def _rotated(
 METHODS: dict[str, Callable[..., Recipe]] = {
     "rtn": rtn, "awq": awq, "gptq": gptq, "qronos": qronos, "smoothquant": smoothquant,
     "mixed": mixed, "llm-int8": llm_int8, "quarot": quarot, "spinquant": spinquant,
+    "auto": auto,
 }
 
 
@@ -222,6 +242,8 @@ def build(method: str | Recipe, scheme: Scheme | str | None = None, **options) -
     for part in parts:
         if part not in METHODS:
             raise UsageError(f"method {part!r} is not known; {', '.join(METHODS)} are")
+    if "auto" in parts and len(parts) > 1:
+        raise UsageError(f"method 'auto' chooses the stack itself, got {method!r}")
     fixed = {} if scheme is None else {"scheme": Scheme.parse(scheme)}
     try:
         shares = _share(parts, options)
