@@ -116,9 +116,13 @@ inline int64_t count_groups(int64_t columns, int64_t group_size) {
   return (columns + group_size - 1) / group_size;
 }
 
+// From an existing tensor, because torch::stable::empty looks its operator up by name, which costs
+// more than the allocation. Obeys torch's deterministic fill, as torch.empty does.
 inline Tensor empty(std::initializer_list<int64_t> shape, ScalarType type) {
-  return torch::stable::empty(torch::headeronly::IntHeaderOnlyArrayRef(shape.begin(), shape.size()),
-                              type);
+  static const Tensor& any =
+      *new Tensor(torch::stable::empty(torch::headeronly::IntHeaderOnlyArrayRef()));
+  return torch::stable::new_empty(
+      any, torch::headeronly::IntHeaderOnlyArrayRef(shape.begin(), shape.size()), type);
 }
 
 // The ScalarType of float or double.
@@ -133,9 +137,53 @@ inline bool is_double(const Tensor& t, const char* name) {
   return type == ScalarType::Double;
 }
 
+// Arrays for one call, side by side in one tensor, each on a cache line of its own:
+// Scratch<float, int> s(n, m); then s.get<0>() holds n floats.
+template <class... T>
+class Scratch {
+ public:
+  template <class... N>
+  explicit Scratch(N... counts) {
+    static_assert(sizeof...(N) == sizeof...(T), "one count per array");
+    const int64_t bytes[] = {((int64_t(counts) * int64_t(sizeof(T)) + 63) / 64 * 64)...};
+    int64_t all = 0;
+    for (size_t i = 0; i < sizeof...(T); ++i) {
+      at_[i] = all;
+      all += bytes[i];
+    }
+    memory_ = empty({all}, ScalarType::Byte);
+    base_ = static_cast<char*>(memory_.mutable_data_ptr());
+  }
+  template <size_t i>
+  auto* get() const {
+    using Element = std::tuple_element_t<i, std::tuple<T...>>;
+    return reinterpret_cast<Element*>(base_ + at_[i]);
+  }
+
+ private:
+  Tensor memory_;
+  char* base_;
+  int64_t at_[sizeof...(T)];
+};
+
 // Row-major, copied only if it is not.
 inline Tensor dense(const Tensor& t) {
   return t.is_contiguous() ? t : torch::stable::contiguous(t);
+}
+
+// Row-major float32, copied only if it is not.
+inline Tensor as_float(const Tensor& t) {
+  return t.scalar_type() == ScalarType::Float ? dense(t)
+                                              : dense(torch::stable::to(t, ScalarType::Float));
+}
+
+// Whether a result should be written past the caches, being larger than they are: needs whole lines
+// in its rows and groups.
+inline bool past_caches(const Tensor& out, int64_t row_bytes, int64_t group_bytes) {
+  constexpr int64_t line = 64, large = 16 << 20;
+  const int64_t last_group = row_bytes % group_bytes;
+  return out.numel() * out.element_size() >= large && group_bytes % line == 0 &&
+         last_group % line == 0 && reinterpret_cast<uintptr_t>(out.const_data_ptr()) % line == 0;
 }
 
 template <class T>

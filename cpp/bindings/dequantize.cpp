@@ -17,10 +17,11 @@ Tensor dequantize(const Tensor& q, const Tensor& scale, const Tensor& zero_point
   dtype_of(scale, "scale");
   const DType type = dtype_named(dtype, "dtype");
   const Tensor in = dense(q), zeros = dense(zero_point);
-  const Tensor scales = dense(torch::stable::to(scale, ScalarType::Float));
+  const Tensor scales = as_float(scale);
   Tensor out = empty({rows, columns}, scalar_type(type));
   run(Dequantize{data<uint8_t>(in), data<float>(scales), data<uint8_t>(zeros),
-                 out.mutable_data_ptr(), type, rows, columns, group, groups},
+                 out.mutable_data_ptr(), type, rows, columns, group, groups,
+                 past_caches(out, columns * size_of(type), group * size_of(type))},
       grain_for(columns));
   return out;
 }

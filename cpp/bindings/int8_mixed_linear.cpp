@@ -1,12 +1,29 @@
 #include "fewbit/int8_mixed_linear.h"
 
-#include <vector>
+#include <algorithm>
 
 #include "common.h"
 #include "packed_linear.h"
 #include "per_token_args.h"
 
 namespace fewbit::bindings {
+
+namespace {
+
+// Calls each(column, index) for a list of columns.
+template <class Each>
+void each_column(const Tensor& list, const char* name, int64_t columns, const Each& each) {
+  check_dtype(list, ScalarType::Long, name);
+  check(list.dim() == 1, name, " must be a list of columns, got shape ", shape_of(list));
+  const Tensor dense_list = dense(list);
+  for (int64_t i = 0; i < list.size(0); ++i) {
+    const int64_t k = data<int64_t>(dense_list)[i];
+    check(k >= 0 && k < columns, name, " must hold columns in 0..", columns - 1, ", got ", k);
+    each(k, i);
+  }
+}
+
+}  // namespace
 
 Tensor int8_mixed_linear(const Tensor& x, const Tensor& packed, const Tensor& scale,
                          const Tensor& zero_point, std::optional<Tensor> bias, int64_t out_features,
@@ -22,58 +39,56 @@ Tensor int8_mixed_linear(const Tensor& x, const Tensor& packed, const Tensor& sc
   check(bool(kept) == bool(kept_weight), "kept and kept_weight come together");
 
   const Tensor in = dense(x);
-  std::vector<uint8_t> flag(size_t(columns), 0);
-  const auto mark = [&](const Tensor& index, const char* name, const auto& each) {
-    check_dtype(index, ScalarType::Long, name);
-    check(index.dim() == 1, name, " must be a list of columns, got shape ", shape_of(index));
-    const Tensor list = dense(index);
-    for (int64_t i = 0; i < list.size(0); ++i) {
-      const int64_t k = data<int64_t>(list)[i];
-      check(k >= 0 && k < columns, name, " must hold columns in 0..", columns - 1, ", got ", k);
-      each(k, i);
-    }
-  };
+  const Scratch<uint8_t, Outlier, const float*, int8_t, float, int32_t> scratch(
+      columns, columns, kept ? columns : 0, m * columns, m, m);
+  uint8_t* flag = scratch.get<0>();
+  std::fill_n(flag, columns, uint8_t(0));
   if (outliers)
-    mark(*outliers, "outliers", [&](int64_t k, int64_t) { flag[size_t(k)] = 1; });
+    each_column(*outliers, "outliers", columns, [&](int64_t k, int64_t) { flag[k] = 1; });
   else if (m > 0)
-    run(OutlierColumns{in.const_data_ptr(), flag.data(), float(threshold), dtype, m, columns},
+    run(OutlierColumns{in.const_data_ptr(), flag, float(threshold), dtype, m, columns},
         grain_for(m * OutlierColumns::block));
-  std::vector<int64_t> column;
-  for (int64_t k = 0; k < columns; ++k)
-    if (flag[size_t(k)]) column.push_back(k);
-  const int64_t count = int64_t(column.size());
 
-  Tensor float_columns;
-  std::vector<const float*> from(size_t(count), nullptr);
+  std::optional<Tensor> float_columns;
+  const float** by_column = scratch.get<2>();
   if (kept) {
     check_shape(*kept_weight, {kept->numel(), l.rows}, "kept_weight");
     check_dtype(*kept_weight, ScalarType::Float, "kept_weight");
     float_columns = dense(*kept_weight);
-    std::vector<const float*> by_column(size_t(columns), nullptr);
-    mark(*kept, "kept", [&](int64_t k, int64_t i) {
-      by_column[size_t(k)] = data<float>(float_columns) + i * l.rows;
+    std::fill_n(by_column, columns, nullptr);
+    each_column(*kept, "kept", columns, [&](int64_t k, int64_t i) {
+      by_column[k] = data<float>(*float_columns) + i * l.rows;
     });
-    for (int64_t i = 0; i < count; ++i) from[size_t(i)] = by_column[size_t(column[size_t(i)])];
+  }
+  Outlier* outlier = scratch.get<1>();
+  int64_t count = 0;
+  for (int64_t k = 0; k < columns; ++k) {
+    if (!flag[k]) continue;
+    const int64_t g = k / l.group_size;
+    const int64_t unit = g * l.group_units() + (k - g * l.group_size) / unit_columns(8);
+    outlier[count++] = {k, g, unit * panel_rows, kept ? by_column[k] : nullptr};
   }
 
   Tensor out = empty({m, l.rows}, x.scalar_type());
   if (m == 0 || l.rows == 0) return out;
-  Tensor product;
-  if (count > 0) {
-    Tensor x_columns = empty({m, count}, ScalarType::Float);
-    run(OutlierGather{in.const_data_ptr(), column.data(), mutable_data<float>(x_columns), dtype, m,
-                      columns, count},
+  const Scratch<float, float> floats(m * count, count ? m * l.panels() * panel_rows : 0);
+  const OutlierProduct product{floats.get<0>(),
+                               outlier,
+                               data<uint32_t>(w.words),
+                               w.scale.const_data_ptr(),
+                               data<uint8_t>(w.zero_point),
+                               floats.get<1>(),
+                               w.scale_dtype,
+                               m,
+                               count,
+                               l};
+  if (count > 0)
+    run(OutlierGather{in.const_data_ptr(), outlier, floats.get<0>(), dtype, m, columns, count},
         grain_for(count));
-    product = empty({m, l.panels() * panel_rows}, ScalarType::Float);
-    run(OutlierProduct{data<float>(x_columns), column.data(), from.data(), data<uint32_t>(w.words),
-                       w.scale.const_data_ptr(), data<uint8_t>(w.zero_point),
-                       mutable_data<float>(product), w.scale_dtype, m, count, l},
-        grain_for(m * count * panel_rows));
-  }
-  const Tokens t =
-      quantize_tokens(in, true, std::nullopt, std::nullopt, count > 0 ? flag.data() : nullptr);
-  run_integer({t.q.const_data_ptr(), true, DType::f32, m, data<float>(t.scale), nullptr, nullptr},
-              w, count > 0 ? data<float>(product) : nullptr, out.mutable_data_ptr(), dtype);
+  quantize_tokens(in, true, std::nullopt, std::nullopt, count > 0 ? flag : nullptr,
+                  scratch.get<3>(), scratch.get<4>(), scratch.get<5>());
+  run_integer({scratch.get<3>(), true, DType::f32, m, scratch.get<4>(), nullptr, nullptr}, w,
+              count > 0 ? &product : nullptr, out.mutable_data_ptr(), dtype);
   return out;
 }
 

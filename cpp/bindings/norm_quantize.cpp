@@ -18,16 +18,16 @@ std::tuple<Tensor, Tensor, Tensor> norm_quantize(const Tensor& x, const Tensor& 
     dtype_of(*bias, "bias");
   }
   const Tensor in = dense(x);
-  const Tensor weight32 = dense(torch::stable::to(weight, ScalarType::Float));
-  Tensor bias32;
-  if (bias) bias32 = dense(torch::stable::to(*bias, ScalarType::Float));
-  Tensor y = empty({m, columns}, ScalarType::Float);
+  const Tensor weight32 = as_float(weight);
+  std::optional<Tensor> bias32;
+  if (bias) bias32 = as_float(*bias);
+  const Scratch<float> normed(m * columns);
   Tensor q = empty({m, columns}, ScalarType::Char);
   Tensor scale = empty({m}, ScalarType::Float), zero_point = empty({m}, ScalarType::Int);
-  run(NormQuantize{in.const_data_ptr(), data<float>(weight32), bias ? data<float>(bias32) : nullptr,
-                   mutable_data<float>(y), mutable_data<int8_t>(q), mutable_data<float>(scale),
-                   mutable_data<int32_t>(zero_point), float(eps), dtype, rms, symmetric, m,
-                   columns},
+  run(NormQuantize{in.const_data_ptr(), data<float>(weight32),
+                   bias ? data<float>(*bias32) : nullptr, normed.get<0>(), mutable_data<int8_t>(q),
+                   mutable_data<float>(scale), mutable_data<int32_t>(zero_point), float(eps), dtype,
+                   rms, symmetric, m, columns},
       grain_for(columns));
   return {q, scale, zero_point};
 }

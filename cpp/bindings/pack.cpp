@@ -23,7 +23,7 @@ std::tuple<Tensor, Tensor, Tensor> pack(const Tensor& q, const Tensor& scale,
   run(Pack{data<uint8_t>(codes), scales.const_data_ptr(), data<uint8_t>(zeros),
            mutable_data<uint32_t>(packed), panel_scale.mutable_data_ptr(),
            mutable_data<uint8_t>(panel_zero), mutable_data<uint8_t>(all),
-           static_cast<int>(size_of(scale_dtype)), l},
+           static_cast<int>(size_of(scale_dtype)), past_caches(packed, 64, 64), l},
       grain_for(l.columns * panel_rows));
   // A code past its range has spilled into its neighbour.
   uint8_t any = 0;

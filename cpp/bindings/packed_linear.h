@@ -6,23 +6,23 @@
 namespace fewbit::bindings {
 
 struct Weight {
-  Tensor words, scale, zero_point, bias;  // dense; bias float32, or undefined
+  Tensor words, scale, zero_point;  // dense
+  std::optional<Tensor> bias;       // dense, float32
   DType scale_dtype;
   PackedLayout layout;
 
-  const float* bias_data() const { return bias.defined() ? data<float>(bias) : nullptr; }
+  const float* bias_data() const { return bias ? data<float>(*bias) : nullptr; }
 };
 
 inline Weight make_weight(const Tensor& packed, const Tensor& scale, const Tensor& zero_point,
                           const std::optional<Tensor>& bias, const PackedLayout& l) {
   check_packed(packed, scale, zero_point, l);
-  Weight w{dense(packed), dense(scale), dense(zero_point), Tensor(), dtype_of(scale, "scale"), l};
+  Weight w{
+      dense(packed), dense(scale), dense(zero_point), std::nullopt, dtype_of(scale, "scale"), l};
   if (bias) {
     check_shape(*bias, {l.rows}, "bias");
-    if (dtype_of(*bias, "bias") == DType::f32)
-      w.bias = dense(*bias);
-    else
-      w.bias = dense(torch::stable::to(*bias, ScalarType::Float));
+    dtype_of(*bias, "bias");
+    w.bias = as_float(*bias);
   }
   return w;
 }
@@ -52,21 +52,22 @@ inline void check_exact(const PackedLayout& l, bool symmetric) {
         l.group_size);
 }
 
-// `add` [m, panels * 16] float32, or null, is added to the product.
-inline void run_integer(const Activations& x, const Weight& w, const float* add, void* out,
-                        DType dtype) {
+// `outliers`, or null: the float part of LLM.int8().
+inline void run_integer(const Activations& x, const Weight& w, const OutlierProduct* outliers,
+                        void* out, DType dtype) {
   const PackedLayout& l = w.layout;
   const int64_t rows = integer_rows(x.m), blocks = ceil_div(x.m, rows);
   const int64_t digits = x.codes ? 2 : max_digits;
-  Tensor words = empty({blocks * rows * (l.padded_columns() / 4) * digits}, ScalarType::Int);
-  Tensor sums = empty({2, x.m, l.groups()}, ScalarType::Float);
-  float* scale = mutable_data<float>(sums);
-  void* sum = scale + x.m * l.groups();
-  run(Digits{x.x, mutable_data<uint32_t>(words), scale, sum, x.codes, x.dtype, x.m, rows, l},
-      grain_for(l.columns));
-  run(W8A8Linear{data<uint32_t>(words), x.codes ? x.scale : scale, sum, x.zero, x.code_sum, x.codes,
+  const Scratch<uint32_t, float, int32_t> scratch(blocks * rows * (l.padded_columns() / 4) * digits,
+                                                  x.m * l.groups(), x.m * l.groups());
+  uint32_t* words = scratch.get<0>();
+  float* scale = scratch.get<1>();
+  void* sum = scratch.get<2>();  // int32, or float32
+  run(Digits{x.x, words, scale, sum, x.codes, x.dtype, x.m, rows, l}, grain_for(l.columns));
+  run(W8A8Linear{words, x.codes ? x.scale : scale, sum, x.zero, x.code_sum, x.codes,
                  data<uint32_t>(w.words), w.scale.const_data_ptr(), data<uint8_t>(w.zero_point),
-                 w.bias_data(), add, out, dtype, w.scale_dtype, x.m, rows, strip_of(l, 4), l},
+                 w.bias_data(), outliers, cpu::kernel_for<OutlierProduct>(), out, dtype,
+                 w.scale_dtype, x.m, rows, strip_of(l, 4), l},
       grain_for(x.m * l.columns * panel_rows * 4, 1 << 17));
 }
 

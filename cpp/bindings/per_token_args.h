@@ -5,15 +5,13 @@
 
 namespace fewbit::bindings {
 
-struct Tokens {
-  Tensor q, scale, zero_point;  // int8 [m, columns], float32 [m], int32 [m]
-};
-
-// x_scale of one element makes the grid static; without it, it is fitted to every row.
-inline Tokens quantize_tokens(const Tensor& x, bool symmetric, const std::optional<Tensor>& x_scale,
-                              const std::optional<Tensor>& x_zero_point, const uint8_t* skip) {
+// x_scale of one element makes the grid static; without it, it is fitted to every row. Writes q
+// int8 [m, columns], scale float32 [m] and zero_point int32 [m].
+inline void quantize_tokens(const Tensor& x, bool symmetric, const std::optional<Tensor>& x_scale,
+                            const std::optional<Tensor>& x_zero_point, const uint8_t* skip,
+                            int8_t* q, float* scale, int32_t* zero_point) {
   const DType dtype = dtype_of(x, "x");
-  Tensor fixed_scale, fixed_zero;
+  std::optional<Tensor> fixed_scale, fixed_zero;
   if (x_scale) {
     check(x_scale->numel() == 1, "a static x_scale must hold one element, got ", x_scale->numel());
     check_dtype(*x_scale, ScalarType::Float, "x_scale");
@@ -29,14 +27,10 @@ inline Tokens quantize_tokens(const Tensor& x, bool symmetric, const std::option
   }
   const int64_t m = x.size(0), columns = x.size(1);
   const Tensor in = dense(x);
-  Tokens t{empty({m, columns}, ScalarType::Char), empty({m}, ScalarType::Float),
-           empty({m}, ScalarType::Int)};
-  run(QuantizePerToken{in.const_data_ptr(), skip, x_scale ? data<float>(fixed_scale) : nullptr,
-                       x_zero_point ? data<int32_t>(fixed_zero) : nullptr,
-                       mutable_data<int8_t>(t.q), mutable_data<float>(t.scale),
-                       mutable_data<int32_t>(t.zero_point), dtype, symmetric, m, columns},
+  run(QuantizePerToken{in.const_data_ptr(), skip, fixed_scale ? data<float>(*fixed_scale) : nullptr,
+                       fixed_zero ? data<int32_t>(*fixed_zero) : nullptr, q, scale, zero_point,
+                       dtype, symmetric, m, columns},
       grain_for(columns));
-  return t;
 }
 
 }  // namespace fewbit::bindings

@@ -13,8 +13,9 @@ Tensor pseudo_quantize(const Tensor& w, int64_t bits, int64_t group_size, bool s
   const DType dtype = dtype_of(w, "w");
   const Tensor in = dense(w);
   Tensor out = empty({w.size(0), w.size(1)}, w.scalar_type());
+  const int64_t size = size_of(dtype);
   run(PseudoQuantize{in.const_data_ptr(), out.mutable_data_ptr(), dtype, w.size(0), w.size(1),
-                     group, grid},
+                     group, grid, past_caches(out, w.size(1) * size, group * size)},
       grain_for(w.size(1)));
   return out;
 }
@@ -28,7 +29,8 @@ void pseudo_quantize_(Tensor w, int64_t bits, int64_t group_size, bool symmetric
   const DType dtype = dtype_of(w, "w");
   check(w.is_contiguous(), "w must be contiguous: it is updated in place");
   void* data = w.mutable_data_ptr();
-  run(PseudoQuantize{data, data, dtype, w.size(0), w.size(1), group, grid}, grain_for(w.size(1)));
+  run(PseudoQuantize{data, data, dtype, w.size(0), w.size(1), group, grid, false},
+      grain_for(w.size(1)));
 }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fewbit, m) {

@@ -7,8 +7,12 @@ std::tuple<Tensor, Tensor, Tensor> quantize_per_token(const Tensor& x, bool symm
                                                       std::optional<Tensor> x_scale,
                                                       std::optional<Tensor> x_zero_point) {
   check_matrix(x, "x", "[tokens, channels]");
-  Tokens t = quantize_tokens(x, symmetric, x_scale, x_zero_point, nullptr);
-  return {t.q, t.scale, t.zero_point};
+  const int64_t m = x.size(0);
+  Tensor q = empty({m, x.size(1)}, ScalarType::Char);
+  Tensor scale = empty({m}, ScalarType::Float), zero_point = empty({m}, ScalarType::Int);
+  quantize_tokens(x, symmetric, x_scale, x_zero_point, nullptr, mutable_data<int8_t>(q),
+                  mutable_data<float>(scale), mutable_data<int32_t>(zero_point));
+  return {q, scale, zero_point};
 }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fewbit, m) {

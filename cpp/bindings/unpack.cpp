@@ -18,7 +18,8 @@ std::tuple<Tensor, Tensor, Tensor> unpack(const Tensor& packed, const Tensor& sc
   Tensor row_zero = empty({l.rows, l.groups()}, ScalarType::Byte);
   run(Unpack{data<uint32_t>(words), scales.const_data_ptr(), data<uint8_t>(zeros),
              mutable_data<uint8_t>(q), row_scale.mutable_data_ptr(),
-             mutable_data<uint8_t>(row_zero), static_cast<int>(size_of(scale_dtype)), l},
+             mutable_data<uint8_t>(row_zero), static_cast<int>(size_of(scale_dtype)),
+             past_caches(q, l.columns, l.group_size), l},
       grain_for(l.columns * panel_rows));
   return {q, row_scale, row_zero};
 }

@@ -24,30 +24,19 @@ Tensor w4a16_linear(const Tensor& x, const Tensor& packed, const Tensor& scale,
 
   const bool direct = m <= direct_rows;
   const int64_t rows = float_block_rows(m), blocks = ceil_div(m, rows);
-  Tensor prepared = empty({blocks, l.padded_columns(), rows}, ScalarType::Float);
-  Tensor group_sum, sums;
-  if (direct)
-    group_sum = empty({m, l.groups()}, ScalarType::Float);
-  else
-    sums = empty({l.panels(), blocks * rows, panel_rows}, ScalarType::Float);
-  run(W4A16Prepare{in.const_data_ptr(), mutable_data<float>(prepared),
-                   direct ? mutable_data<float>(group_sum) : nullptr, dtype, m, rows, l},
+  // Sums: of x over a group, for the direct path; of products, for the other.
+  const Scratch<float, float> scratch(
+      blocks * l.padded_columns() * rows,
+      direct ? m * l.groups() : l.panels() * blocks * rows * panel_rows);
+  float *prepared = scratch.get<0>(), *sums = scratch.get<1>();
+  run(W4A16Prepare{in.const_data_ptr(), prepared, direct ? sums : nullptr, dtype, m, rows, l},
       grain_for(rows * columns));
-  W4A16Linear args{data<float>(prepared),
-                   direct ? data<float>(group_sum) : nullptr,
-                   data<uint32_t>(w.words),
-                   w.scale.const_data_ptr(),
-                   data<uint8_t>(w.zero_point),
-                   w.bias_data(),
-                   direct ? nullptr : mutable_data<float>(sums),
-                   out.mutable_data_ptr(),
-                   dtype,
-                   w.scale_dtype,
-                   m,
-                   rows,
-                   strip_of(l, direct ? 4 : 8),
-                   l};
-  run(args, grain_for(m * columns * panel_rows * args.strip, 1 << 17));
+  const int64_t strip = strip_of(l, direct ? 4 : 8);
+  run(W4A16Linear{prepared, direct ? sums : nullptr, data<uint32_t>(w.words),
+                  w.scale.const_data_ptr(), data<uint8_t>(w.zero_point), w.bias_data(),
+                  direct ? nullptr : sums, out.mutable_data_ptr(), dtype, w.scale_dtype, m, rows,
+                  strip, l},
+      grain_for(m * columns * panel_rows * strip, 1 << 17));
   return out;
 }
 

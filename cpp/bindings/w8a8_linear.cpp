@@ -21,31 +21,43 @@ Tensor w8a8_linear(const Tensor& x, const Tensor& packed, const Tensor& scale,
     check_shape(*code_sum, {l.panels(), l.groups(), panel_rows}, "code_sum");
   }
   const bool codes = x.scalar_type() == ScalarType::Char;
-  Tokens t;
+  const DType dtype = codes ? DType::f32 : dtype_of(x, "x");
+  const Tensor in = dense(x);
+  std::optional<Tensor> sums, scales, zeros;
+  if (!symmetric) sums = dense(*code_sum);
+  Activations t{in.const_data_ptr(),
+                true,
+                DType::f32,
+                m,
+                nullptr,
+                nullptr,
+                sums ? data<int32_t>(*sums) : nullptr};
+  const Scratch<int8_t, float, int32_t> scratch(codes ? 0 : m * columns, codes ? 0 : m,
+                                                codes ? 0 : m);
   if (codes) {
     check(bool(x_scale), "x of int8 codes needs x_scale, one per token");
     check_dtype(*x_scale, ScalarType::Float, "x_scale");
     check_shape(*x_scale, {m}, "x_scale");
     check(symmetric || bool(x_zero_point),
           "x of int8 codes with symmetric=False needs x_zero_point, one per token");
-    t = {dense(x), dense(*x_scale), Tensor()};
+    scales = dense(*x_scale);
+    t.scale = data<float>(*scales);
     if (!symmetric) {
       check_dtype(*x_zero_point, ScalarType::Int, "x_zero_point");
       check_shape(*x_zero_point, {m}, "x_zero_point");
-      t.zero_point = dense(*x_zero_point);
+      zeros = dense(*x_zero_point);
+      t.zero = data<int32_t>(*zeros);
     }
   } else {
-    t = quantize_tokens(x, symmetric, x_scale, x_zero_point, nullptr);
+    quantize_tokens(in, symmetric, x_scale, x_zero_point, nullptr, scratch.get<0>(),
+                    scratch.get<1>(), scratch.get<2>());
+    t.x = scratch.get<0>();
+    t.scale = scratch.get<1>();
+    t.zero = symmetric ? nullptr : scratch.get<2>();
   }
-  const DType dtype = codes ? DType::f32 : dtype_of(x, "x");
   Tensor out = empty({m, l.rows}, scalar_type(dtype));
   if (m == 0 || l.rows == 0) return out;
-  Tensor sums;
-  if (!symmetric) sums = dense(*code_sum);
-  run_integer({t.q.const_data_ptr(), true, DType::f32, m, data<float>(t.scale),
-               symmetric ? nullptr : data<int32_t>(t.zero_point),
-               symmetric ? nullptr : data<int32_t>(sums)},
-              w, nullptr, out.mutable_data_ptr(), dtype);
+  run_integer(t, w, nullptr, out.mutable_data_ptr(), dtype);
   return out;
 }
 

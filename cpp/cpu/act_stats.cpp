@@ -4,31 +4,40 @@
 
 namespace fewbit::cpu::FEWBIT_ISA {
 
+// Tokens whose values of one channel are added before its sums are stored again.
+constexpr int64_t depth = 4;
+
 template <class T>
 static void channels(const ActStats& a, int64_t first, int64_t last) {
-  const int64_t n = last - first;
-  double sum[ActStats::block];
-  float top[ActStats::block];
-  for (int64_t i = 0; i < n; ++i) {
-    sum[i] = a.sum_abs[first + i];
-    top[i] = a.max_abs[first + i];
-  }
-  for (int64_t t = 0; t < a.tokens; ++t) {
-    const T* x = static_cast<const T*>(a.x) + t * a.channels + first;
-    float v[ActStats::block];
-    int64_t i = 0;
-    for (; i + F32::width <= n; i += F32::width) abs(F32::load(x + i)).store(v + i);
-    for (; i < n; ++i) v[i] = abs_of(to_float(x[i]));
-    for (i = 0; i < n; ++i) {  // independent chains: vectorised by the compiler
-      sum[i] += double(v[i]);
-      top[i] = v[i] <= top[i] ? top[i] : v[i];  // a NaN, once in, makes this false and stays
+  const T* x = static_cast<const T*>(a.x);
+  for (int64_t t0 = 0; t0 < a.tokens; t0 += depth) {
+    const int64_t t1 = t0 + depth < a.tokens ? t0 + depth : a.tokens;
+    int64_t i = first;
+    for (; i + F32::width <= last; i += F32::width) {
+      constexpr int halves = F32::width / F64::width;
+      F64 sum[halves];
+      for (int h = 0; h < halves; ++h) sum[h] = F64::load(a.sum_abs + i + h * F64::width);
+      F32 top = F32::load(a.max_abs + i);
+      for (int64_t t = t0; t < t1; ++t) {
+        const F32 v = abs(F32::load(x + t * a.channels + i));
+        float lanes[F32::width];
+        v.store(lanes);
+        for (int h = 0; h < halves; ++h) sum[h] = sum[h] + F64::load(lanes + h * F64::width);
+        top = max(top, v);
+      }
+      for (int h = 0; h < halves; ++h) sum[h].store(a.sum_abs + i + h * F64::width);
+      top.store(a.max_abs + i);
     }
+    for (; i < last; ++i)
+      for (int64_t t = t0; t < t1; ++t) {
+        const float v = abs_of(to_float(x[t * a.channels + i]));
+        a.sum_abs[i] += double(v);
+        a.max_abs[i] = a.max_abs[i] > v ? a.max_abs[i] : v;
+      }
   }
-  for (int64_t i = 0; i < n; ++i) {
-    a.sum_abs[first + i] = sum[i];
-    // NaN > x and x > NaN are both false above; the sum remembers one that was overwritten.
-    a.max_abs[first + i] = sum[i] != sum[i] ? float(sum[i]) : top[i];
-  }
+  // Comparing with a NaN is false, so the maximum may have lost one; the sum has not.
+  for (int64_t i = first; i < last; ++i)
+    if (a.sum_abs[i] != a.sum_abs[i]) a.max_abs[i] = float(a.sum_abs[i]);
 }
 
 void kernel(const ActStats& a, int64_t begin, int64_t end) {

@@ -16,39 +16,6 @@ FEWBIT_INLINE int64_t group_length(const PackedLayout& l, int64_t g) {
   return start + l.group_size <= l.columns ? l.group_size : l.columns - start;
 }
 
-// The words of one row's unit, 16 words apart, from its codes and back, four columns at a time.
-FEWBIT_INLINE void put_unit(uint32_t* unit, int bits, const uint8_t* q) {
-  uint32_t quad[8];
-  __builtin_memcpy(quad, q, size_t(unit_columns(bits)));
-  if (bits == 3) {
-    uint32_t low[2] = {}, top = 0;
-    for (int j = 0; j < 8; ++j) {
-      low[j / 4] |= (quad[j] & 0x03030303u) << 2 * (j % 4);
-      top |= (quad[j] >> 2 & 0x01010101u) << j;
-    }
-    unit[0] = low[0];
-    unit[panel_rows] = low[1];
-    unit[2 * panel_rows] = top;
-  } else {
-    uint32_t word = 0;
-    for (int j = 0; j < 8 / bits; ++j) word |= quad[j] << bits * j;
-    unit[0] = word;
-  }
-}
-
-FEWBIT_INLINE void get_unit(const uint32_t* unit, int bits, uint8_t* q) {
-  uint32_t quad[8];
-  if (bits == 3) {
-    for (int j = 0; j < 8; ++j)
-      quad[j] = (unit[(j / 4) * panel_rows] >> 2 * (j % 4) & 0x03030303u) |
-                (unit[2 * panel_rows] >> j & 0x01010101u) << 2;
-  } else {
-    for (int j = 0; j < 8 / bits; ++j)
-      quad[j] = unit[0] >> bits * j & 0x01010101u * ((1u << bits) - 1u);
-  }
-  __builtin_memcpy(q, quad, size_t(unit_columns(bits)));
-}
-
 // One unit of F32::width rows, held in registers.
 template <int bits>
 struct UnitRows {
@@ -61,6 +28,20 @@ struct UnitRows {
     for (int i = 0; i < words; ++i) u.w[i] = load_u32(p + i * panel_rows);
     return u;
   }
+  // From its codes, quads[j] those of columns 4 j .. 4 j + 3 as the four bytes of every lane.
+  FEWBIT_INLINE_MEMBER static UnitRows of(const U32* quads) {
+    UnitRows u;
+    for (int i = 0; i < words; ++i) u.w[i] = U32::zero();
+    for (int j = 0; j < columns / 4; ++j) {
+      if constexpr (bits == 3) {
+        u.w[j / 4] = u.w[j / 4] | ((quads[j] & U32::set(0x03030303u)) << 2 * (j % 4));
+        u.w[2] = u.w[2] | (((quads[j] >> 2) & U32::set(0x01010101u)) << j);
+      } else {
+        u.w[0] = u.w[0] | (quads[j] << bits * j);
+      }
+    }
+    return u;
+  }
   // Codes of column i, one lane per row, as whole floats. i must be a constant after unrolling.
   FEWBIT_INLINE_MEMBER F32 column(int i) const {
     if constexpr (bits == 3) {
@@ -70,7 +51,7 @@ struct UnitRows {
       return low_bits<bits>(w[0] >> field_shift(bits, i));
     }
   }
-  // Codes of columns 4 j .. 4 j + 3 as the four bytes of every lane.
+  // The inverse of `of`.
   FEWBIT_INLINE_MEMBER U32 quad(int j) const {
     if constexpr (bits == 8) {
       return w[0];
@@ -82,5 +63,28 @@ struct UnitRows {
     }
   }
 };
+
+// A tile is what moves between rows and lanes at a time: a cache line of codes, whole units of
+// every width, of F32::width rows.
+constexpr int tile_columns = 64, tile_quads = tile_columns / 4;
+
+// t[j]: columns 4 j .. 4 j + 3 of F32::width rows, `stride` bytes apart, one row a lane.
+FEWBIT_INLINE void load_tile(const uint8_t* q, int64_t stride, U32 (&t)[tile_quads]) {
+  for (int j = 0; j < tile_quads; j += F32::width) {
+    U32 square[F32::width];
+    for (int i = 0; i < F32::width; ++i)
+      square[i] = load_u32((const uint32_t*)(q + i * stride + 4 * j));
+    transpose(square);
+    for (int i = 0; i < F32::width; ++i) t[j + i] = square[i];
+  }
+}
+FEWBIT_INLINE void store_tile(const U32 (&t)[tile_quads], uint8_t* q, int64_t stride) {
+  for (int j = 0; j < tile_quads; j += F32::width) {
+    U32 square[F32::width];
+    for (int i = 0; i < F32::width; ++i) square[i] = t[j + i];
+    transpose(square);
+    for (int i = 0; i < F32::width; ++i) square[i].store((uint32_t*)(q + i * stride + 4 * j));
+  }
+}
 
 }  // namespace fewbit::cpu::FEWBIT_ISA

@@ -14,16 +14,19 @@ static void rows(const Dequantize& a, int64_t begin, int64_t end) {
       T* out = static_cast<T*>(a.out) + r * a.columns + start;
       const float s = a.scale[r * a.groups + group];
       const float z = float(a.zero_point[r * a.groups + group]);
-      int64_t i = 0;
-      for (; i + F32::width <= n; i += F32::width)
-        ((F32::load(q + i) - F32::set(z)) * F32::set(s)).store(out + i);
-      for (; i < n; ++i) from_float((float(q[i]) - z) * s, out + i);
+      put_pieces<T>(n, a.stream, out, [&](int64_t k, int64_t c, T* to) {
+        int64_t i = 0;
+        for (; i + F32::width <= c; i += F32::width)
+          ((F32::load(q + k + i) - F32::set(z)) * F32::set(s)).store(to + i);
+        for (; i < c; ++i) from_float((float(q[k + i]) - z) * s, to + i);
+      });
     }
   }
 }
 
 void kernel(const Dequantize& a, int64_t begin, int64_t end) {
   with_type(a.dtype, [&](auto* t) { rows<element<decltype(t)>>(a, begin, end); });
+  stream_end();
 }
 
 }  // namespace fewbit::cpu::FEWBIT_ISA

@@ -11,6 +11,16 @@ struct Step {
   float qmax;
 };
 
+// A Step in lanes.
+struct StepLanes {
+  F32 s, z, qmax, inverse;
+  FEWBIT_INLINE_MEMBER explicit StepLanes(const Step& g)
+      : s(F32::set(g.s)),
+        z(F32::set(g.z)),
+        qmax(F32::set(g.qmax)),
+        inverse(F32::set(inverse_of(g.s))) {}
+};
+
 // Rounds a positive scale to what the storage type can hold, never to 0 or infinity. Below 2^-14 a
 // half loses precision quickly; rounding up there keeps the range of the codes.
 FEWBIT_INLINE float round_scale(float s, DType type) {
@@ -77,9 +87,8 @@ FEWBIT_INLINE Step fit(const T* w, int64_t n, const Grid& grid) {
   return make_step(lo, hi, grid);
 }
 
-FEWBIT_INLINE F32 code(F32 w, const Step& g) {
-  const F32 q = round(w / F32::set(g.s)) + F32::set(g.z);
-  return min(max(q, F32::zero()), F32::set(g.qmax));
+FEWBIT_INLINE F32 code(F32 w, const StepLanes& g) {
+  return min(max(round_quotient(w, g.s, g.inverse) + g.z, F32::zero()), g.qmax);
 }
 
 FEWBIT_INLINE float code(float w, const Step& g) {

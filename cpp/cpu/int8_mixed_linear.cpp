@@ -33,12 +33,13 @@ void kernel(const OutlierGather& a, int64_t begin, int64_t end) {
   with_type(a.dtype, [&](auto* t) {
     for (int64_t m = begin; m < end; ++m) {
       const auto* x = static_cast<const element<decltype(t)>*>(a.x) + m * a.columns;
-      for (int64_t o = 0; o < a.outliers; ++o) a.out[m * a.outliers + o] = to_float(x[a.column[o]]);
+      for (int64_t o = 0; o < a.outliers; ++o)
+        a.out[m * a.outliers + o] = to_float(x[a.outlier[o].column]);
     }
   });
 }
 
-// Outlier columns decoded at a time; 4 rows share a load of them.
+// Outlier columns decoded at a time; 8 rows share a load of them.
 constexpr int64_t span = 64;
 
 template <int rows>
@@ -58,35 +59,45 @@ FEWBIT_INLINE void add_rows(const OutlierProduct& a, int64_t m, int64_t o0, int6
   }
 }
 
-void kernel(const OutlierProduct& a, int64_t begin, int64_t end) {
+// Columns of one panel to w[outlier][16].
+static void decode(const OutlierProduct& a, int64_t panel, int64_t o0, int64_t n, float* w) {
   const PackedLayout& l = a.layout;
-  for (int64_t panel = begin; panel < end; ++panel) {
+  const int64_t first = panel * panel_rows;
+  int64_t group = -1;
+  F32 s[vectors], z[vectors];
+  for (int v = 0; v < vectors; ++v) s[v] = z[v] = F32::zero();
+  for (int64_t o = 0; o < n; ++o, w += panel_rows) {
+    const Outlier& outlier = a.outlier[o0 + o];
+    if (outlier.kept) {
+      for (int64_t r = 0; r < panel_rows; ++r)
+        w[r] = first + r < l.rows ? outlier.kept[first + r] : 0.0f;
+      continue;
+    }
+    const uint32_t* unit = a.packed + panel * l.panel_words() + outlier.word;
+    const int64_t at = (panel * l.groups() + outlier.group) * panel_rows;
+    for (int v = 0; v < vectors; ++v) {
+      if (outlier.group != group) {
+        s[v] = load_scale(a.scale, a.scale_dtype, at + v * F32::width);
+        z[v] = F32::load(a.zero_point + at + v * F32::width);
+      }
+      const int shift = int(8 * (outlier.column - outlier.group * l.group_size) % 32);
+      const F32 q = low_bits<8>(load_u32(unit + v * F32::width) >> shift);
+      ((q - z[v]) * s[v]).store(w + v * F32::width);
+    }
+    group = outlier.group;
+  }
+}
+
+void kernel(const OutlierProduct& a, int64_t begin, int64_t end) {
+  for (int64_t panel = begin; panel < end; ++panel)
     for (int64_t o0 = 0; o0 < a.outliers; o0 += span) {
       const int64_t n = a.outliers - o0 < span ? a.outliers - o0 : span;
-      float w[span * panel_rows] = {};
-      for (int64_t o = 0; o < n; ++o) {
-        const int64_t k = a.column[o0 + o], g = k / l.group_size;
-        const int64_t first = panel * panel_rows;
-        if (const float* kept = a.kept[o0 + o]) {
-          for (int64_t r = 0; r < panel_rows && first + r < l.rows; ++r)
-            w[o * panel_rows + r] = kept[first + r];
-          continue;
-        }
-        const int64_t in_group = k - g * l.group_size;
-        const uint32_t* unit =
-            a.packed + panel * l.panel_words() + (g * l.group_units() + in_group / 4) * panel_rows;
-        const int64_t at = (panel * l.groups() + g) * panel_rows;
-        for (int v = 0; v < panel_rows; v += F32::width) {
-          const F32 q = low_bits<8>(load_u32(unit + v) >> int(8 * (in_group % 4)));
-          const F32 s = load_scale(a.scale, a.scale_dtype, at + v);
-          ((q - F32::load(a.zero_point + at + v)) * s).store(w + o * panel_rows + v);
-        }
-      }
+      float w[span * panel_rows];
+      decode(a, panel, o0, n, w);
       int64_t m = 0;
-      for (; m + 4 <= a.m; m += 4) add_rows<4>(a, m, o0, n, w, panel);
+      for (; m + 8 <= a.m; m += 8) add_rows<8>(a, m, o0, n, w, panel);
       for (; m < a.m; ++m) add_rows<1>(a, m, o0, n, w, panel);
     }
-  }
 }
 
 }  // namespace fewbit::cpu::FEWBIT_ISA

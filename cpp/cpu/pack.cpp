@@ -4,63 +4,81 @@
 
 namespace fewbit::cpu::FEWBIT_ISA {
 
+// Returns the panel's codes ored together, a byte each. `rows` of its 16 exist.
 template <int bits>
-static void pack_row(const uint8_t* q, const PackedLayout& l, uint32_t* out, uint32_t* all) {
-  constexpr int columns = int(unit_columns(bits)), words = int(unit_words(bits) * panel_rows);
+static uint32_t pack_panel(const Pack& a, int64_t panel, int64_t rows) {
+  using Unit = UnitRows<bits>;
+  constexpr int quads = Unit::columns / 4, units = tile_quads / quads;
+  constexpr int64_t ahead = 1024;  // bytes of a row: sixteen streams, some asked for early
+  const PackedLayout& l = a.layout;
+  uint32_t* out = a.packed + panel * l.panel_words();
+  U32 all = U32::zero();
   for (int64_t g = 0; g < l.groups(); ++g) {
     const int64_t n = group_length(l, g);
-    const uint8_t* from = q + group_start(l, g);
-    uint32_t* unit = out + g * l.group_units() * words;
-    int64_t k = 0;
-    for (; k + columns <= n; k += columns, unit += words) {
-      for (int i = 0; i < columns; i += 4) {
-        uint32_t quad;
-        __builtin_memcpy(&quad, from + k + i, 4);
-        *all |= quad;
+    const uint8_t* q = a.q + panel * panel_rows * l.columns + group_start(l, g);
+    for (int64_t k = 0; k < n; k += tile_columns) {
+      const int64_t here = n - k < tile_columns ? n - k : tile_columns;
+      const uint8_t* from = q + k;
+      int64_t stride = l.columns;
+      alignas(line) uint8_t edge[panel_rows * tile_columns];
+      if (here < tile_columns || rows < panel_rows) {
+        __builtin_memset(edge, 0, sizeof edge);
+        for (int64_t r = 0; r < rows; ++r)
+          __builtin_memcpy(edge + r * tile_columns, from + r * stride, size_t(here));
+        from = edge;
+        stride = tile_columns;
+      } else {
+        for (int64_t r = 0; r < rows; ++r) __builtin_prefetch(from + r * stride + ahead);
       }
-      put_unit(unit, bits, from + k);
-    }
-    if (k < n) {
-      uint8_t rest[32] = {};
-      for (int64_t i = 0; k + i < n; ++i) {
-        rest[i] = from[k + i];
-        *all |= rest[i];
+      alignas(line) uint32_t words[units * Unit::words * panel_rows];
+      for (int64_t r = 0; r < panel_rows; r += F32::width) {
+        U32 t[tile_quads];
+        load_tile(from + r * stride, stride, t);
+        for (const U32& quad : t) all = all | quad;
+        for (int u = 0; u < units; ++u) {
+          const Unit unit = Unit::of(t + u * quads);
+          for (int i = 0; i < Unit::words; ++i)
+            unit.w[i].store(words + (u * Unit::words + i) * panel_rows + r);
+        }
       }
-      put_unit(unit, bits, rest);
+      const int64_t lines = ceil_div(here, Unit::columns) * Unit::words;
+      put_lines(words, out, lines, a.stream);
+      out += lines * panel_rows;
     }
   }
+  uint32_t lanes[F32::width], any = 0;
+  all.store(lanes);
+  for (const uint32_t lane : lanes) any |= lane;
+  return any;
 }
 
 void kernel(const Pack& a, int64_t begin, int64_t end) {
   const PackedLayout& l = a.layout;
   for (int64_t panel = begin; panel < end; ++panel) {
-    uint32_t* out = a.packed + panel * l.panel_words();
-    uint32_t all = 0;
-    const int64_t first = panel * panel_rows;
-    if (first + panel_rows > l.rows) __builtin_memset(out, 0, size_t(l.panel_words()) * 4);
-    for (int64_t r = 0; r < panel_rows; ++r) {
-      const int64_t row = first + r;
-      for (int64_t g = 0; g < l.groups(); ++g) {
-        const int64_t to = (panel * l.groups() + g) * panel_rows + r, from = row * l.groups() + g;
-        a.panel_zero_point[to] = row < l.rows ? a.zero_point[from] : uint8_t(0);
+    const int64_t first = panel * panel_rows, left = l.rows - first;
+    const int64_t rows = left < panel_rows ? left : panel_rows;
+    uint32_t any = 0;
+    switch (l.bits) {
+      case 2: any = pack_panel<2>(a, panel, rows); break;
+      case 3: any = pack_panel<3>(a, panel, rows); break;
+      case 4: any = pack_panel<4>(a, panel, rows); break;
+      case 8: any = pack_panel<8>(a, panel, rows); break;
+    }
+    a.all[panel] = uint8_t(any | any >> 8 | any >> 16 | any >> 24);
+    for (int64_t g = 0; g < l.groups(); ++g)
+      for (int64_t r = 0; r < panel_rows; ++r) {
+        const int64_t to = (panel * l.groups() + g) * panel_rows + r;
+        const int64_t from = (first + r) * l.groups() + g;
+        a.panel_zero_point[to] = r < rows ? a.zero_point[from] : uint8_t(0);
         if (a.scale_bytes == 4)
           static_cast<uint32_t*>(a.panel_scale)[to] =
-              row < l.rows ? static_cast<const uint32_t*>(a.scale)[from] : 0u;
+              r < rows ? static_cast<const uint32_t*>(a.scale)[from] : 0u;
         else
           static_cast<uint16_t*>(a.panel_scale)[to] =
-              row < l.rows ? static_cast<const uint16_t*>(a.scale)[from] : uint16_t(0);
+              r < rows ? static_cast<const uint16_t*>(a.scale)[from] : uint16_t(0);
       }
-      if (row >= l.rows) continue;
-      const uint8_t* q = a.q + row * l.columns;
-      switch (l.bits) {
-        case 2: pack_row<2>(q, l, out + r, &all); break;
-        case 3: pack_row<3>(q, l, out + r, &all); break;
-        case 4: pack_row<4>(q, l, out + r, &all); break;
-        case 8: pack_row<8>(q, l, out + r, &all); break;
-      }
-    }
-    a.all[panel] = uint8_t(all | all >> 8 | all >> 16 | all >> 24);
   }
+  stream_end();
 }
 
 }  // namespace fewbit::cpu::FEWBIT_ISA

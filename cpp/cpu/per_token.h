@@ -54,17 +54,14 @@ template <class T>
 FEWBIT_INLINE void quantize_token(const T* x, const uint8_t* skip, int64_t n, TokenStep step,
                                   bool symmetric, int8_t* q) {
   const float least = symmetric ? -127.0f : -128.0f;
-  const F32 s = F32::set(step.s), z = F32::set(step.z);
+  const F32 s = F32::set(step.s), z = F32::set(step.z), inverse = F32::set(inverse_of(step.s));
   const F32 low = F32::set(least), high = F32::set(127.0f);
   int64_t i = 0;
   for (; i + F32::width <= n; i += F32::width) {
     F32 v = F32::load(x + i);
     if (skip) v = v * (F32::set(1.0f) - F32::load(skip + i));
-    // Stored as code + 128, then the top bit is flipped: the vocabulary stores unsigned bytes.
-    const F32 code = min(max(round(v / s) + z, low), high) + F32::set(128.0f);
-    code.store(reinterpret_cast<uint8_t*>(q) + i);
+    min(max(round_quotient(v, s, inverse) + z, low), high).store(q + i);
   }
-  for (int64_t j = 0; j < i; ++j) q[j] = int8_t(uint8_t(q[j]) ^ 0x80u);
   for (; i < n; ++i) {
     const float v = skip && skip[i] ? to_float(x[i]) * 0.0f : to_float(x[i]);
     float code = round_even(v / step.s) + step.z;

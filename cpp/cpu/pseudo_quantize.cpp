@@ -12,17 +12,20 @@ static void rows(const PseudoQuantize& a, int64_t begin, int64_t end) {
       const T* w = static_cast<const T*>(a.w) + r * a.columns + start;
       T* out = static_cast<T*>(a.out) + r * a.columns + start;
       const Step g = fit(w, n, a.grid);
-      const F32 z = F32::set(g.z), s = F32::set(g.s);
-      int64_t i = 0;
-      for (; i + F32::width <= n; i += F32::width)
-        ((code(F32::load(w + i), g) - z) * s).store(out + i);
-      for (; i < n; ++i) from_float((code(to_float(w[i]), g) - g.z) * g.s, out + i);
+      const StepLanes steps(g);
+      put_pieces<T>(n, a.stream, out, [&](int64_t k, int64_t c, T* to) {
+        int64_t i = 0;
+        for (; i + F32::width <= c; i += F32::width)
+          ((code(F32::load(w + k + i), steps) - steps.z) * steps.s).store(to + i);
+        for (; i < c; ++i) from_float((code(to_float(w[k + i]), g) - g.z) * g.s, to + i);
+      });
     }
   }
 }
 
 void kernel(const PseudoQuantize& a, int64_t begin, int64_t end) {
   with_type(a.dtype, [&](auto* t) { rows<element<decltype(t)>>(a, begin, end); });
+  stream_end();
 }
 
 }  // namespace fewbit::cpu::FEWBIT_ISA

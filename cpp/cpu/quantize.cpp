@@ -15,8 +15,9 @@ static void rows(const Quantize& a, int64_t begin, int64_t end) {
       const Step g = fit(w, n, a.grid);
       a.scale[r * a.groups + group] = g.s;
       a.zero_point[r * a.groups + group] = uint8_t(g.z);
+      const StepLanes steps(g);
       int64_t i = 0;
-      for (; i + F32::width <= n; i += F32::width) code(F32::load(w + i), g).store(q + i);
+      for (; i + F32::width <= n; i += F32::width) code(F32::load(w + i), steps).store(q + i);
       for (; i < n; ++i) q[i] = uint8_t(code(to_float(w[i]), g));
     }
   }

@@ -81,7 +81,9 @@ FEWBIT_INLINE float abs_of(float v) { return __builtin_fabsf(v); }
 
 struct U32 {
   __m512i v;
+  FEWBIT_INLINE_MEMBER static U32 zero() { return {_mm512_setzero_si512()}; }
   FEWBIT_INLINE_MEMBER static U32 set(uint32_t a) { return {_mm512_set1_epi32(int(a))}; }
+  FEWBIT_INLINE_MEMBER void store(uint32_t* p) const { _mm512_storeu_si512(p, v); }
 };
 
 struct F32 {
@@ -118,6 +120,7 @@ struct F32 {
   FEWBIT_INLINE_MEMBER void store(uint8_t* p) const {
     _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(v)));
   }
+  FEWBIT_INLINE_MEMBER void store(int8_t* p) const { store((uint8_t*)p); }  // -128..127
 };
 
 FEWBIT_INLINE F32 operator+(F32 a, F32 b) { return {_mm512_add_ps(a.v, b.v)}; }
@@ -133,6 +136,9 @@ FEWBIT_INLINE F32 round(F32 a) {
 }
 FEWBIT_INLINE F32 fma(F32 a, F32 b, F32 c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 FEWBIT_INLINE F32 fnma(F32 a, F32 b, F32 c) { return {_mm512_fnmadd_ps(a.v, b.v, c.v)}; }
+FEWBIT_INLINE bool all_less(F32 a, F32 b) {  // false with a NaN
+  return _mm512_cmp_ps_mask(a.v, b.v, _CMP_NLT_UQ) == 0;
+}
 FEWBIT_INLINE float lane(F32 a, int i) {
   float t[16];
   a.store(t);
@@ -140,6 +146,7 @@ FEWBIT_INLINE float lane(F32 a, int i) {
 }
 FEWBIT_INLINE float reduce_min(F32 a) { return _mm512_reduce_min_ps(a.v); }  // of no NaN
 FEWBIT_INLINE float reduce_max(F32 a) { return _mm512_reduce_max_ps(a.v); }
+
 // Butterflies inside a vector, on strides 1, 2, .. width / 2: lane i becomes a[i] + a[i + stride],
 // lane i + stride becomes a[i] - a[i + stride].
 FEWBIT_INLINE F32 butterflies(F32 a) {
@@ -177,6 +184,30 @@ FEWBIT_INLINE F64 round(F64 a) {
   return {_mm512_roundscale_pd(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
 }
 FEWBIT_INLINE F64 fma(F64 a, F64 b, F64 c) { return {_mm512_fmadd_pd(a.v, b.v, c.v)}; }
+
+// Lane j of vector i becomes lane i of vector j.
+FEWBIT_INLINE void transpose(U32 (&a)[16]) {
+  __m512i t[16], u[16];
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_epi32(a[i].v, a[i + 1].v);
+    t[i + 1] = _mm512_unpackhi_epi32(a[i].v, a[i + 1].v);
+  }
+  for (int i = 0; i < 16; i += 4)
+    for (int k = 0; k < 2; ++k) {
+      u[i + 2 * k] = _mm512_unpacklo_epi64(t[i + k], t[i + k + 2]);
+      u[i + 2 * k + 1] = _mm512_unpackhi_epi64(t[i + k], t[i + k + 2]);
+    }
+  for (int k = 0; k < 4; ++k) {  // quarters of the vectors, as a 4 x 4 matrix
+    const __m512i even0 = _mm512_shuffle_i32x4(u[k], u[4 + k], 0x88);
+    const __m512i even1 = _mm512_shuffle_i32x4(u[8 + k], u[12 + k], 0x88);
+    const __m512i odd0 = _mm512_shuffle_i32x4(u[k], u[4 + k], 0xDD);
+    const __m512i odd1 = _mm512_shuffle_i32x4(u[8 + k], u[12 + k], 0xDD);
+    a[k].v = _mm512_shuffle_i32x4(even0, even1, 0x88);
+    a[4 + k].v = _mm512_shuffle_i32x4(odd0, odd1, 0x88);
+    a[8 + k].v = _mm512_shuffle_i32x4(even0, even1, 0xDD);
+    a[12 + k].v = _mm512_shuffle_i32x4(odd0, odd1, 0xDD);
+  }
+}
 
 FEWBIT_INLINE U32 load_u32(const uint32_t* p) { return {_mm512_loadu_si512(p)}; }
 FEWBIT_INLINE U32 operator>>(U32 a, int n) { return {_mm512_srli_epi32(a.v, unsigned(n))}; }
@@ -250,7 +281,9 @@ FEWBIT_INLINE F32 low_bits(U32 a) {
 
 struct U32 {
   __m256i v;
+  FEWBIT_INLINE_MEMBER static U32 zero() { return {_mm256_setzero_si256()}; }
   FEWBIT_INLINE_MEMBER static U32 set(uint32_t a) { return {_mm256_set1_epi32(int(a))}; }
+  FEWBIT_INLINE_MEMBER void store(uint32_t* p) const { _mm256_storeu_si256((__m256i*)p, v); }
 };
 
 struct F32 {
@@ -289,6 +322,11 @@ struct F32 {
     const __m128i w = _mm_packus_epi32(_mm256_castsi256_si128(i), _mm256_extracti128_si256(i, 1));
     _mm_storel_epi64((__m128i*)p, _mm_packus_epi16(w, w));
   }
+  FEWBIT_INLINE_MEMBER void store(int8_t* p) const {
+    const __m256i i = _mm256_cvtps_epi32(v);
+    const __m128i w = _mm_packs_epi32(_mm256_castsi256_si128(i), _mm256_extracti128_si256(i, 1));
+    _mm_storel_epi64((__m128i*)p, _mm_packs_epi16(w, w));
+  }
 };
 
 FEWBIT_INLINE F32 operator+(F32 a, F32 b) { return {_mm256_add_ps(a.v, b.v)}; }
@@ -303,6 +341,9 @@ FEWBIT_INLINE F32 round(F32 a) {
 }
 FEWBIT_INLINE F32 fma(F32 a, F32 b, F32 c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
 FEWBIT_INLINE F32 fnma(F32 a, F32 b, F32 c) { return {_mm256_fnmadd_ps(a.v, b.v, c.v)}; }
+FEWBIT_INLINE bool all_less(F32 a, F32 b) {
+  return _mm256_movemask_ps(_mm256_cmp_ps(a.v, b.v, _CMP_NLT_UQ)) == 0;
+}
 FEWBIT_INLINE float lane(F32 a, int i) {
   float t[8];
   a.store(t);
@@ -316,6 +357,7 @@ FEWBIT_INLINE float reduce_min(F32 a) {  // of no NaN
 FEWBIT_INLINE float reduce_max(F32 a) {
   return -reduce_min({_mm256_sub_ps(_mm256_setzero_ps(), a.v)});
 }
+
 FEWBIT_INLINE F32 butterflies(F32 a) {
   const auto step = [&](__m256 swapped, __m256 minus) {
     a.v = _mm256_add_ps(swapped, _mm256_xor_ps(a.v, minus));
@@ -349,6 +391,23 @@ FEWBIT_INLINE F64 round(F64 a) {
   return {_mm256_round_pd(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
 }
 FEWBIT_INLINE F64 fma(F64 a, F64 b, F64 c) { return {_mm256_fmadd_pd(a.v, b.v, c.v)}; }
+
+FEWBIT_INLINE void transpose(U32 (&a)[8]) {
+  __m256i t[8], u[8];
+  for (int i = 0; i < 8; i += 2) {
+    t[i] = _mm256_unpacklo_epi32(a[i].v, a[i + 1].v);
+    t[i + 1] = _mm256_unpackhi_epi32(a[i].v, a[i + 1].v);
+  }
+  for (int i = 0; i < 8; i += 4)
+    for (int k = 0; k < 2; ++k) {
+      u[i + 2 * k] = _mm256_unpacklo_epi64(t[i + k], t[i + k + 2]);
+      u[i + 2 * k + 1] = _mm256_unpackhi_epi64(t[i + k], t[i + k + 2]);
+    }
+  for (int k = 0; k < 4; ++k) {
+    a[k].v = _mm256_permute2x128_si256(u[k], u[4 + k], 0x20);
+    a[4 + k].v = _mm256_permute2x128_si256(u[k], u[4 + k], 0x31);
+  }
+}
 
 FEWBIT_INLINE U32 load_u32(const uint32_t* p) { return {_mm256_loadu_si256((const __m256i*)p)}; }
 FEWBIT_INLINE U32 operator>>(U32 a, int n) { return {_mm256_srli_epi32(a.v, n)}; }
@@ -391,7 +450,9 @@ FEWBIT_INLINE F32 low_bits(U32 a) {
 
 struct U32 {
   uint32_t v;
+  FEWBIT_INLINE_MEMBER static U32 zero() { return {0}; }
   FEWBIT_INLINE_MEMBER static U32 set(uint32_t a) { return {a}; }
+  FEWBIT_INLINE_MEMBER void store(uint32_t* p) const { __builtin_memcpy(p, &v, 4); }
 };
 
 struct F32 {
@@ -410,6 +471,7 @@ struct F32 {
     from_float(v, p);
   }
   FEWBIT_INLINE_MEMBER void store(uint8_t* p) const { *p = uint8_t(v); }
+  FEWBIT_INLINE_MEMBER void store(int8_t* p) const { *p = int8_t(v); }
 };
 
 FEWBIT_INLINE F32 operator+(F32 a, F32 b) { return {a.v + b.v}; }
@@ -423,6 +485,7 @@ FEWBIT_INLINE F32 round(F32 a) { return {round_even(a.v)}; }
 // Fused, as on the other ISAs: results agree bit for bit (slow where the CPU has no FMA).
 FEWBIT_INLINE F32 fma(F32 a, F32 b, F32 c) { return {__builtin_fmaf(a.v, b.v, c.v)}; }
 FEWBIT_INLINE F32 fnma(F32 a, F32 b, F32 c) { return {__builtin_fmaf(-a.v, b.v, c.v)}; }
+FEWBIT_INLINE bool all_less(F32 a, F32 b) { return a.v < b.v; }
 FEWBIT_INLINE float lane(F32 a, int) { return a.v; }
 FEWBIT_INLINE float reduce_min(F32 a) { return a.v; }
 FEWBIT_INLINE float reduce_max(F32 a) { return a.v; }
@@ -448,7 +511,13 @@ FEWBIT_INLINE F64 max(F64 a, F64 b) { return {a.v > b.v ? a.v : b.v}; }
 FEWBIT_INLINE F64 round(F64 a) { return {__builtin_nearbyint(a.v)}; }
 FEWBIT_INLINE F64 fma(F64 a, F64 b, F64 c) { return {__builtin_fma(a.v, b.v, c.v)}; }
 
-FEWBIT_INLINE U32 load_u32(const uint32_t* p) { return {*p}; }
+FEWBIT_INLINE void transpose(U32 (&)[1]) {}
+
+FEWBIT_INLINE U32 load_u32(const uint32_t* p) {
+  U32 a;
+  __builtin_memcpy(&a, p, 4);
+  return a;
+}
 FEWBIT_INLINE U32 operator>>(U32 a, int n) { return {a.v >> n}; }
 FEWBIT_INLINE U32 operator<<(U32 a, int n) { return {a.v << n}; }
 FEWBIT_INLINE U32 operator&(U32 a, U32 b) { return {a.v & b.v}; }
@@ -484,6 +553,47 @@ FEWBIT_INLINE F32 low_bits(U32 a) {
 
 #endif
 
+// ---- results past the caches
+// ---------------------------------------------------------------------
+
+constexpr int64_t line = 64;  // bytes of a cache line
+
+// Copies `lines` cache lines to aligned memory without reading it first and without displacing what
+// the caches hold: for results larger than they are. stream_end() before others may read them.
+FEWBIT_INLINE void stream(const void* from, void* to, int64_t lines) {
+#if FEWBIT_ISA_LEVEL >= 1
+  const __m256i* in = (const __m256i*)from;
+  __m256i* out = (__m256i*)to;
+  for (int64_t i = 0; i < 2 * lines; ++i) _mm256_stream_si256(out + i, _mm256_loadu_si256(in + i));
+#else
+  __builtin_memcpy(to, from, size_t(lines * line));
+#endif
+}
+FEWBIT_INLINE void put_lines(const void* from, void* to, int64_t lines, bool past) {
+  if (past)
+    stream(from, to, lines);
+  else
+    __builtin_memcpy(to, from, size_t(lines * line));
+}
+FEWBIT_INLINE void stream_end() {
+#if FEWBIT_ISA_LEVEL >= 1
+  _mm_sfence();
+#endif
+}
+// Has make(k, count, to) write elements [k, k + count) of n, `past` the caches through a buffer;
+// then out must be aligned and n a whole number of lines.
+template <class T, class F>
+FEWBIT_INLINE void put_pieces(int64_t n, bool past, T* out, const F& make) {
+  if (!past) return make(0, n, out);
+  constexpr int64_t piece = 256;
+  alignas(line) T staged[piece];
+  for (int64_t k = 0; k < n; k += piece) {
+    const int64_t count = n - k < piece ? n - k : piece;
+    make(k, count, staged);
+    stream(staged, out + k, count * int64_t(sizeof(T)) / line);
+  }
+}
+
 // ---- built from the above ----------------------------------------------------------------------
 
 // Dot is a running sum of products of bytes: dot(sum, q, x) adds the four products of unsigned q
@@ -503,6 +613,18 @@ struct VectorOf<double> {
 };
 template <class Real>
 using Vector = typename VectorOf<Real>::type;
+
+// round(v / s) for finite s > 0; `inverse` is inverse_of(s). The product differs from the quotient
+// by less than 2^-22 of itself, so both round alike unless that close to the middle of two numbers.
+FEWBIT_INLINE float inverse_of(float s) {
+  return s <= 0x1p125f ? 1.0f / s : __builtin_nanf("");  // a subnormal inverse is not exact enough
+}
+FEWBIT_INLINE F32 round_quotient(F32 v, F32 s, F32 inverse) {
+  if constexpr (F32::width == 1) return round(v / s);
+  const F32 product = v * inverse, whole = round(product);
+  const F32 middle = fma(abs(product), F32::set(0x1p-22f), abs(product - whole));
+  return __builtin_expect(all_less(middle, F32::set(0.5f)), 1) ? whole : round(v / s);
+}
 
 // element<T*> is T: the type behind the tag that with_type passes.
 template <class T>

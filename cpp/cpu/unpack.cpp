@@ -4,19 +4,39 @@
 
 namespace fewbit::cpu::FEWBIT_ISA {
 
+// `rows` of the panel's 16 exist.
 template <int bits>
-static void unpack_row(const uint32_t* in, const PackedLayout& l, uint8_t* q) {
-  constexpr int columns = int(unit_columns(bits)), words = int(unit_words(bits) * panel_rows);
+static void unpack_panel(const Unpack& a, int64_t panel, int64_t rows) {
+  using Unit = UnitRows<bits>;
+  constexpr int quads = Unit::columns / 4, units = tile_quads / quads;
+  const PackedLayout& l = a.layout;
+  const uint32_t* in = a.packed + panel * l.panel_words();
   for (int64_t g = 0; g < l.groups(); ++g) {
     const int64_t n = group_length(l, g);
-    uint8_t* to = q + group_start(l, g);
-    const uint32_t* unit = in + g * l.group_units() * words;
-    int64_t k = 0;
-    for (; k + columns <= n; k += columns, unit += words) get_unit(unit, bits, to + k);
-    if (k < n) {
-      uint8_t rest[32];
-      get_unit(unit, bits, rest);
-      for (int64_t i = 0; k + i < n; ++i) to[k + i] = rest[i];
+    uint8_t* q = a.q + panel * panel_rows * l.columns + group_start(l, g);
+    for (int64_t k = 0; k < n; k += tile_columns) {
+      const int64_t here = n - k < tile_columns ? n - k : tile_columns;
+      const int64_t last = ceil_div(here, Unit::columns) - 1;
+      alignas(line) uint8_t codes[panel_rows * tile_columns];
+      for (int64_t r = 0; r < panel_rows; r += F32::width) {
+        U32 t[tile_quads];
+        for (int u = 0; u < units; ++u) {
+          // Where the group ends before the tile: its last unit again, dropped below.
+          const uint32_t* from = in + (u < last ? u : last) * Unit::words * panel_rows + r;
+          const Unit unit = Unit::load(from);
+          for (int j = 0; j < quads; ++j) t[u * quads + j] = unit.quad(j);
+        }
+        store_tile(t, codes + r * tile_columns, tile_columns);
+      }
+      in += (last + 1) * Unit::words * panel_rows;
+      for (int64_t r = 0; r < rows; ++r) {
+        const uint8_t* from = codes + r * tile_columns;
+        uint8_t* to = q + r * l.columns + k;
+        if (here == tile_columns)
+          put_lines(from, to, 1, a.stream);
+        else
+          __builtin_memcpy(to, from, size_t(here));
+      }
     }
   }
 }
@@ -24,26 +44,26 @@ static void unpack_row(const uint32_t* in, const PackedLayout& l, uint8_t* q) {
 void kernel(const Unpack& a, int64_t begin, int64_t end) {
   const PackedLayout& l = a.layout;
   for (int64_t panel = begin; panel < end; ++panel) {
-    const uint32_t* in = a.packed + panel * l.panel_words();
-    for (int64_t r = 0; r < panel_rows && panel * panel_rows + r < l.rows; ++r) {
-      const int64_t row = panel * panel_rows + r;
-      for (int64_t g = 0; g < l.groups(); ++g) {
-        const int64_t from = (panel * l.groups() + g) * panel_rows + r, to = row * l.groups() + g;
+    const int64_t first = panel * panel_rows, left = l.rows - first;
+    const int64_t rows = left < panel_rows ? left : panel_rows;
+    switch (l.bits) {
+      case 2: unpack_panel<2>(a, panel, rows); break;
+      case 3: unpack_panel<3>(a, panel, rows); break;
+      case 4: unpack_panel<4>(a, panel, rows); break;
+      case 8: unpack_panel<8>(a, panel, rows); break;
+    }
+    for (int64_t g = 0; g < l.groups(); ++g)
+      for (int64_t r = 0; r < rows; ++r) {
+        const int64_t from = (panel * l.groups() + g) * panel_rows + r;
+        const int64_t to = (first + r) * l.groups() + g;
         a.zero_point[to] = a.panel_zero_point[from];
         if (a.scale_bytes == 4)
           static_cast<uint32_t*>(a.scale)[to] = static_cast<const uint32_t*>(a.panel_scale)[from];
         else
           static_cast<uint16_t*>(a.scale)[to] = static_cast<const uint16_t*>(a.panel_scale)[from];
       }
-      uint8_t* q = a.q + row * l.columns;
-      switch (l.bits) {
-        case 2: unpack_row<2>(in + r, l, q); break;
-        case 3: unpack_row<3>(in + r, l, q); break;
-        case 4: unpack_row<4>(in + r, l, q); break;
-        case 8: unpack_row<8>(in + r, l, q); break;
-      }
-    }
   }
+  stream_end();
 }
 
 }  // namespace fewbit::cpu::FEWBIT_ISA

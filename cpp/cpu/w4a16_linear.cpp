@@ -130,7 +130,7 @@ static void direct_rows_strip(const W4A16Linear& a, int64_t first, int64_t last)
 
 // A pair of panels of decoded weights (16 KiB) stays in L1 while a chunk of rows passes; the
 // chunk's slice of x and its sums stay in L2 while the strip's panels pass.
-constexpr int64_t tile_columns = 128;
+constexpr int64_t depth = 128;  // columns
 constexpr int64_t chunk_rows = 768;
 constexpr int micro_panels = FEWBIT_ISA_LEVEL >= 2 ? 2 : 1;
 
@@ -168,7 +168,7 @@ template <int rows>
 static void micro(const float* x, int64_t stride, const float* w, int64_t columns, bool first,
                   float* sums, int64_t sums_panel) {
   constexpr int across = micro_panels * vectors;
-  constexpr int64_t w_panel = tile_columns * panel_rows;
+  constexpr int64_t w_panel = depth * panel_rows;
   F32 sum[rows][across];
   for (int r = 0; r < rows; ++r)
     for (int c = 0; c < across; ++c) {
@@ -215,16 +215,16 @@ static void tiled(const W4A16Linear& a, int64_t first, int64_t last) {
   const int64_t padded = l.padded_columns(), rows = a.block_rows;
   const int64_t blocks = ceil_div(a.m, rows), sums_panel = blocks * rows * panel_rows;
   const int64_t chunk = ceil_div(chunk_rows, rows);
-  alignas(64) float w[micro_panels * tile_columns * panel_rows];
+  alignas(64) float w[micro_panels * depth * panel_rows];
   for (int64_t b0 = 0; b0 < blocks; b0 += chunk) {
     const int64_t b1 = b0 + chunk < blocks ? b0 + chunk : blocks;
-    for (int64_t k0 = 0; k0 < padded; k0 += tile_columns) {
-      const int64_t k1 = k0 + tile_columns < padded ? k0 + tile_columns : padded;
+    for (int64_t k0 = 0; k0 < padded; k0 += depth) {
+      const int64_t k1 = k0 + depth < padded ? k0 + depth : padded;
       for (int64_t p = first; p < last; p += micro_panels) {
         // A strip of odd length ends in a pair whose second half is the first again.
         const bool pair = p + micro_panels <= last;
         for (int i = 0; i < micro_panels; ++i)
-          decode<bits>(a, pair ? p + i : p, k0, k1, w + i * tile_columns * panel_rows);
+          decode<bits>(a, pair ? p + i : p, k0, k1, w + i * depth * panel_rows);
         for (int64_t b = b0; b < b1; ++b)
           micro_block(rows, a.x + (b * padded + k0) * rows, w, k1 - k0, k0 == 0,
                       a.sums + p * sums_panel + b * rows * panel_rows, pair ? sums_panel : 0);

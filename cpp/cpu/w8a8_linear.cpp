@@ -209,11 +209,11 @@ static void tile(const W8A8Linear& a, int64_t block, int first_row, int64_t pane
     for (int r = 0; r < rows; ++r)
       for (int c = 0; c < across; ++c)
         total[r][c] = total[r][c] * F32::set(a.x_scale[m + r < a.m ? m + r : a.m - 1]);
-  if (a.add)
+  if (a.outliers)
     for (int r = 0; r < rows && m + r < a.m; ++r)
       for (int c = 0; c < across && panel + c / vectors < last; ++c)
         total[r][c] =
-            total[r][c] + F32::load(a.add + (m + r) * l.panels() * panel_rows +
+            total[r][c] + F32::load(a.outliers->out + (m + r) * l.panels() * panel_rows +
                                     (panel + c / vectors) * panel_rows + c % vectors * F32::width);
   write_tile(a, m, panel * vectors, last * vectors, total);
 }
@@ -262,14 +262,29 @@ static void strips(const W8A8Linear& a, int64_t first, int64_t last) {
   }
 }
 
+// Asks for the outlier columns' words of panels [first, last): they are far apart, so each is a
+// miss.
+static void prefetch_outliers(const W8A8Linear& a, int64_t first, int64_t last) {
+  for (int64_t p = first; p < last; ++p)
+    for (int64_t o = 0; o < a.outliers->outliers; ++o)
+      __builtin_prefetch(a.packed + p * a.layout.panel_words() + a.outliers->outlier[o].word, 0, 2);
+}
+
 void kernel(const W8A8Linear& a, int64_t begin, int64_t end) {
-  const int64_t panels = a.layout.panels(), first = begin * a.strip;
-  const int64_t last = end * a.strip < panels ? end * a.strip : panels;
-  switch (a.layout.bits) {
-    case 2: strips<2>(a, first, last); break;
-    case 3: strips<3>(a, first, last); break;
-    case 4: strips<4>(a, first, last); break;
-    case 8: strips<8>(a, first, last); break;
+  const int64_t panels = a.layout.panels(), stop = end * a.strip < panels ? end * a.strip : panels;
+  const int64_t step = a.outliers ? a.strip : stop;
+  for (int64_t first = begin * a.strip; first < stop; first += step) {
+    const int64_t last = first + step < stop ? first + step : stop;
+    if (a.outliers) {
+      a.outlier_product(*a.outliers, first, last);
+      prefetch_outliers(a, last, last + step < stop ? last + step : stop);
+    }
+    switch (a.layout.bits) {
+      case 2: strips<2>(a, first, last); break;
+      case 3: strips<3>(a, first, last); break;
+      case 4: strips<4>(a, first, last); break;
+      case 8: strips<8>(a, first, last); break;
+    }
   }
 }
 

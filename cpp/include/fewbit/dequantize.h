@@ -15,6 +15,7 @@ struct Dequantize {
   int64_t columns;
   int64_t group_size;  // 1..max(columns, 1)
   int64_t groups;
+  bool stream;  // out is larger than the caches, and in whole lines
 
   FEWBIT_ALWAYS_INLINE int64_t tasks() const { return rows; }
 };

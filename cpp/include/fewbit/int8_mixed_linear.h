@@ -26,10 +26,18 @@ struct OutlierColumns {
 
 FEWBIT_KERNEL(OutlierColumns)
 
+// Where an outlier column is.
+struct Outlier {
+  int64_t column;
+  int64_t group;
+  int64_t word;       // of its unit in a panel's words
+  const float* kept;  // w[:, column] as [rows]; or null: from the codes
+};
+
 struct OutlierGather {
-  const void* x;          // [m, columns] of dtype
-  const int64_t* column;  // [outliers]
-  float* out;             // [m, outliers]
+  const void* x;           // [m, columns] of dtype
+  const Outlier* outlier;  // [outliers]
+  float* out;              // [m, outliers]
   DType dtype;
   int64_t m;
   int64_t columns;
@@ -42,8 +50,7 @@ FEWBIT_KERNEL(OutlierGather)
 
 struct OutlierProduct {
   const float* x;             // [m, outliers], from OutlierGather
-  const int64_t* column;      // [outliers]
-  const float* const* kept;   // [outliers]: w[:, column] as [rows]; or null: from the codes
+  const Outlier* outlier;     // [outliers], columns ascending
   const uint32_t* packed;     // 8-bit codes, [panels, units, 16]
   const void* scale;          // [panels, groups, 16] of scale_dtype
   const uint8_t* zero_point;  // [panels, groups, 16]

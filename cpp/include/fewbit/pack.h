@@ -14,6 +14,7 @@ struct Pack {
   uint8_t* panel_zero_point;  // [panels, groups, 16]
   uint8_t* all;               // [panels]: the panel's codes ored together, to find one out of range
   int scale_bytes;            // 2 or 4
+  bool stream;                // packed is larger than the caches
   PackedLayout layout;
 
   FEWBIT_ALWAYS_INLINE int64_t tasks() const { return layout.panels(); }

@@ -13,6 +13,7 @@ struct PseudoQuantize {
   int64_t columns;
   int64_t group_size;  // 1..max(columns, 1); the last group of a row may be short
   Grid grid;
+  bool stream;  // out is larger than the caches, and in whole lines
 
   FEWBIT_ALWAYS_INLINE int64_t tasks() const { return rows; }
 };

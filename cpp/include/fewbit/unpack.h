@@ -13,6 +13,7 @@ struct Unpack {
   void* scale;                      // [rows, groups], elements as panel_scale
   uint8_t* zero_point;              // [rows, groups]
   int scale_bytes;
+  bool stream;  // q is larger than the caches and in whole lines
   PackedLayout layout;
 
   FEWBIT_ALWAYS_INLINE int64_t tasks() const { return layout.panels(); }

@@ -15,6 +15,7 @@
 // need |digit| <= 8 (base 16); everything else uses base 256, -128 <= digit <= 127.
 #pragma once
 #include "fewbit/dtype.h"
+#include "fewbit/int8_mixed_linear.h"
 #include "fewbit/kernel.h"
 #include "fewbit/layout.h"
 
@@ -57,8 +58,11 @@ struct W8A8Linear {
   const void* scale;          // [panels, groups, 16] of scale_dtype
   const uint8_t* zero_point;  // [panels, groups, 16]
   const float* bias;          // [rows]; or null
-  const float* add;           // [m, panels * 16]: added to the product; or null
-  void* out;                  // [m, rows] of dtype
+  // The float part of LLM.int8(), added to the product; or null. Run a few panels ahead of it, so
+  // that neither its sums nor the weight leave the cache in between.
+  const OutlierProduct* outliers;
+  Kernel<OutlierProduct> outlier_product;
+  void* out;  // [m, rows] of dtype
   DType dtype;
   DType scale_dtype;
   int64_t m;
