@@ -164,7 +164,7 @@ static void tile(const W8A8Linear& a, int64_t block, int first_row, int64_t pane
           const uint32_t* from = packed[c / vectors] + word + c % vectors * F32::width;
           unit[c] = Unit::load(from);
           // The panels are streams of their own: ahead of what the hardware follows.
-          if (c % vectors == 0) __builtin_prefetch(from + 16 * panel_rows);
+          if (c % vectors == 0) __builtin_prefetch(from + 32 * panel_rows);
         }
         FEWBIT_UNROLL
         for (int j = 0; j < quads; ++j) {

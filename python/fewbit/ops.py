@@ -57,7 +57,7 @@ def quantize(
     Equation: cpp/include/fewbit/grid.h. Raises ValueError for bits outside 2..8, a group_size of 0
     or below -1, or w of another rank or dtype.
     """
-    return torch.ops.fewbit.quantize(w, bits, group_size, symmetric, scale_dtype)
+    return torch.ops.fewbit.quantize.default(w, bits, group_size, symmetric, scale_dtype)
 
 
 @torch.library.register_fake("fewbit::quantize")
@@ -78,7 +78,7 @@ def dequantize(
 
     Shapes and dtypes as ``quantize`` returns them; computed in float32 and rounded once.
     """
-    return torch.ops.fewbit.dequantize(q, scale, zero_point, group_size, dtype)
+    return torch.ops.fewbit.dequantize.default(q, scale, zero_point, group_size, dtype)
 
 
 @torch.library.register_fake("fewbit::dequantize")
@@ -97,7 +97,7 @@ def pseudo_quantize(
 
     Equals ``dequantize(*quantize(w, ...))`` bit for bit, in one pass. Errors as ``quantize``.
     """
-    return torch.ops.fewbit.pseudo_quantize(w, bits, group_size, symmetric, scale_dtype)
+    return torch.ops.fewbit.pseudo_quantize.default(w, bits, group_size, symmetric, scale_dtype)
 
 
 @torch.library.register_fake("fewbit::pseudo_quantize")
@@ -116,7 +116,7 @@ def pseudo_quantize_(
 
     ``w`` must be contiguous.
     """
-    torch.ops.fewbit.pseudo_quantize_(w, bits, group_size, symmetric, scale_dtype)
+    torch.ops.fewbit.pseudo_quantize_.default(w, bits, group_size, symmetric, scale_dtype)
 
 
 @torch.library.register_fake("fewbit::pseudo_quantize_")
@@ -133,7 +133,7 @@ def pack(
     [panels, groups, 16], panels = ceil(out_features / 16); layout: cpp/include/fewbit/layout.h.
     ``bits`` is 2, 3, 4 or 8. Raises ValueError for codes out of range or shapes that disagree.
     """
-    return torch.ops.fewbit.pack(q, scale, zero_point, bits, group_size)
+    return torch.ops.fewbit.pack.default(q, scale, zero_point, bits, group_size)
 
 
 @torch.library.register_fake("fewbit::pack")
@@ -159,7 +159,7 @@ def unpack(
     group_size: int = 128,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The inverse of ``pack``: canonical ``q``, ``scale`` and ``zero_point``."""
-    return torch.ops.fewbit.unpack(
+    return torch.ops.fewbit.unpack.default(
         packed, scale, zero_point, out_features, in_features, bits, group_size
     )
 
@@ -181,7 +181,7 @@ def act_stats(x: Tensor, sum_abs: Tensor, max_abs: Tensor) -> None:
     becomes the larger of itself and max |x|. Sums run over tokens in order, so the result does not
     depend on threads or batching. A NaN in a channel makes both of its entries NaN.
     """
-    torch.ops.fewbit.act_stats(x, sum_abs, max_abs)
+    torch.ops.fewbit.act_stats.default(x, sum_abs, max_abs)
 
 
 @torch.library.register_fake("fewbit::act_stats")
@@ -196,7 +196,7 @@ def gram(x: Tensor, g: Tensor) -> None:
     On the CPU every entry is one chain of fused multiply-adds over tokens in order: the result is
     exactly symmetric and does not depend on threads or on how tokens were batched.
     """
-    torch.ops.fewbit.gram(x, g)
+    torch.ops.fewbit.gram.default(x, g)
 
 
 @torch.library.register_fake("fewbit::gram")
@@ -222,7 +222,7 @@ def coordinate_descent(
     visits every column in order and puts it on the point of its grid that is best given all others.
     Equations: cpp/include/fewbit/coordinate_descent.h.
     """
-    return torch.ops.fewbit.coordinate_descent(
+    return torch.ops.fewbit.coordinate_descent.default(
         w, h, q, scale, zero_point, bits, group_size, sweeps
     )
 
@@ -258,7 +258,7 @@ def gptq(
     squared error wins; 0: the range of the group. Returns as ``quantize``; equations:
     cpp/include/fewbit/gptq.h. ``block`` (1..256) changes the speed, never a bit.
     """
-    return torch.ops.fewbit.gptq(
+    return torch.ops.fewbit.gptq.default(
         w, c, bits, group_size, symmetric, scale_dtype, fit, points, importance, order, scale,
         zero_point, block,
     )
@@ -286,7 +286,7 @@ def hadamard(x: Tensor, base: Tensor | None = None, signs: Tensor | None = None)
     ``signs`` int8 [width] of +1 and -1. float32, float16 or bfloat16 in and out, float32 inside,
     one rounding at the end (cpp/include/fewbit/hadamard.h). ``hadamard.plan`` chooses the base.
     """
-    return torch.ops.fewbit.hadamard(x, base, signs)
+    return torch.ops.fewbit.hadamard.default(x, base, signs)
 
 
 @torch.library.register_fake("fewbit::hadamard")
@@ -300,7 +300,8 @@ def _hadamard_context(ctx, inputs, output):
 
 def _hadamard_backward(ctx, grad):
     base = None if ctx.base is None else ctx.base.T.contiguous()
-    back = torch.ops.fewbit.hadamard(grad, base, None)  # the inverse, which is the transpose
+    # The inverse is the transpose.
+    back = torch.ops.fewbit.hadamard.default(grad, base, None)
     return (back if ctx.signs is None else back * ctx.signs), None, None
 
 
@@ -324,7 +325,7 @@ def w4a16_linear(
     Weights of 2, 3, 4 or 8 bits as ``pack`` returns them; ``bias`` [out_features] or None. float32,
     float16 and bfloat16 in and out, float32 accumulation, scaled before narrowing.
     """
-    return torch.ops.fewbit.w4a16_linear(
+    return torch.ops.fewbit.w4a16_linear.default(
         x, packed, scale, zero_point, bias, out_features, bits, group_size
     )
 
@@ -342,7 +343,7 @@ def pack_fields(q: Tensor, bits: int, interleave: bool = False) -> Tensor:
     int32 [rows / 8, columns], eight rows to a word. Layout: cpp/include/fewbit/pack_fields.h.
     Raises ValueError for bits outside 2..8, or interleaving with other bits or rows not in eights.
     """
-    return torch.ops.fewbit.pack_fields(q, bits, interleave)
+    return torch.ops.fewbit.pack_fields.default(q, bits, interleave)
 
 
 @torch.library.register_fake("fewbit::pack_fields")
@@ -357,7 +358,7 @@ def unpack_fields(words: Tensor, bits: int, columns: int, interleave: bool = Fal
 
     Rows may hold more words than ``columns`` need. Raises ValueError when they hold fewer.
     """
-    return torch.ops.fewbit.unpack_fields(words, bits, columns, interleave)
+    return torch.ops.fewbit.unpack_fields.default(words, bits, columns, interleave)
 
 
 @torch.library.register_fake("fewbit::unpack_fields")
@@ -379,7 +380,7 @@ def quantize_per_token(
     with ``symmetric=False``) makes the grid static. A row that is not finite has scale NaN.
     Equation: cpp/include/fewbit/quantize_per_token.h.
     """
-    return torch.ops.fewbit.quantize_per_token(x, symmetric, x_scale, x_zero_point)
+    return torch.ops.fewbit.quantize_per_token.default(x, symmetric, x_scale, x_zero_point)
 
 
 def _fake_tokens(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -408,7 +409,7 @@ def norm_quantize(
     ``weight`` and ``bias`` [channels]; an RMSNorm has no bias. The norm is computed in float32 and
     not rounded to the type of x in between. Equation: cpp/include/fewbit/norm_quantize.h.
     """
-    return torch.ops.fewbit.norm_quantize(x, weight, bias, eps, rms, symmetric)
+    return torch.ops.fewbit.norm_quantize.default(x, weight, bias, eps, rms, symmetric)
 
 
 @torch.library.register_fake("fewbit::norm_quantize")
@@ -437,7 +438,7 @@ def w8a8_linear(
     ``symmetric`` is False, ``x_zero_point`` int32, both [tokens] (float32 result). Sums over a
     group are exact integers. ``symmetric=False`` needs ``code_sum`` (see ``code_sums``).
     """
-    return torch.ops.fewbit.w8a8_linear(
+    return torch.ops.fewbit.w8a8_linear.default(
         x, packed, scale, zero_point, bias, out_features, bits, group_size,
         symmetric, x_scale, x_zero_point, code_sum,
     )  # fmt: skip
@@ -480,7 +481,7 @@ def int8_mixed_linear(
     float32 [len(kept), out_features] for the columns ``kept`` int64, else the dequantised int8
     column. Kept columns lose nothing to weight rounding; int8 ones need no memory.
     """
-    return torch.ops.fewbit.int8_mixed_linear(
+    return torch.ops.fewbit.int8_mixed_linear.default(
         x, packed, scale, zero_point, bias, out_features, group_size,
         threshold, outliers, kept, kept_weight,
     )  # fmt: skip
