@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import fewbit
-from fewbit.errors import CheckpointError, UnsupportedError, UsageError
+from fewbit.errors import CheckpointError, NotQuantizedError, UnsupportedError, UsageError
 from fewbit.scheme import Scheme
 from tiny import probe, tiny
 
@@ -68,7 +68,7 @@ def test_load_says_what_is_wrong(tmp_path):
     plain = dict(config)
     del plain["quantization_config"]
     (tmp_path / "a" / "config.json").write_text(json.dumps(plain))
-    with pytest.raises(CheckpointError, match="is not quantised"):
+    with pytest.raises(NotQuantizedError, match="is not quantised"):
         fewbit.load(tmp_path / "a")
     config["hidden_size"] = 56
     (tmp_path / "a" / "config.json").write_text(json.dumps(config))

@@ -44,9 +44,9 @@ def test_says_what_is_wrong():
     model = tiny("opt")
     with pytest.raises(CalibrationError, match="too short: 5 tokens, one window needs 10"):
         perplexity(model, probe(1, 5)[0], 10)
-    with pytest.raises(CalibrationError, match="window must be at least 2"):
+    with pytest.raises(UsageError, match="window must be at least 2"):
         perplexity(model, probe(1, 5)[0], 1)
-    with pytest.raises(CalibrationError, match="stride in 1..window, got 4 and 9"):
+    with pytest.raises(UsageError, match="stride in 1..window, got 4 and 9"):
         perplexity(model, torch.zeros(20, dtype=torch.long), 4, 9)
 
 

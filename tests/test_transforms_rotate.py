@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fewbit.checkpoint import save
-from fewbit.errors import UnsupportedError, UsageError
+from fewbit.errors import AlreadyQuantizedError, UnsupportedError, UsageError
 from fewbit.families import decoder_layers, describe
 from fewbit.linearise import linearise
 from fewbit.online import online_paths
@@ -149,7 +149,7 @@ def test_r1_r2_reload_in_plain_transformers(twin, tmp_path):
 def test_r4_is_refused_where_its_transform_is_missing(tmp_path):
     model = apply(tiny("llama-gqa"), Rotate(r4="random-hadamard"))
     model.save_pretrained(tmp_path)
-    with pytest.raises(UnsupportedError, match="r4='random-hadamard': its weights expect"):
+    with pytest.raises(AlreadyQuantizedError, match="r4='random-hadamard': its weights expect"):
         describe(type(model).from_pretrained(tmp_path))
     assert describe(model).name == "llama"
 
@@ -197,5 +197,5 @@ def test_refuses_projected_embeddings_and_post_norm():
 def test_r4_after_quantising_is_refused():
     model = tiny("llama-gqa")
     model.model.layers[0].mlp.down_proj = torch.nn.Identity()
-    with pytest.raises(UnsupportedError, match="come before quantisation"):
+    with pytest.raises(AlreadyQuantizedError, match="come before quantisation"):
         apply(model, Rotate())

@@ -22,12 +22,13 @@ namespace fewbit::bindings {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Raises ValueError in Python: one sentence with the offending value and what is allowed.
+// Raises ValueError in Python: one sentence with the offending value and what is allowed, and the
+// id of errors.py's UsageError.
 template <class... Parts>
 void check(bool ok, const Parts&... parts) {
   if (ok) return;
   std::ostringstream message;
-  (message << ... << parts);
+  (message << ... << parts) << " [FB100]";
   throw std::invalid_argument(message.str());
 }
 

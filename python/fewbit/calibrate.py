@@ -17,7 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
-from .errors import CalibrationError
+from .errors import (
+    CalibrationError,
+    MissingCalibrationError,
+    NonFiniteInputError,
+    ShortTextError,
+    TextFileError,
+    VocabularyError,
+)
 from .families import Family, decoder_layers
 from .linearise import Experts
 from .stats import Stats, sum_type
@@ -58,9 +65,9 @@ def read_text(path: str | Path) -> str:
     try:
         return Path(path).read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise CalibrationError(f"the text file {str(path)!r} does not exist") from None
+        raise TextFileError(f"the text file {str(path)!r} does not exist") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise CalibrationError(f"the text file {str(path)!r} cannot be read: {error}") from None
+        raise TextFileError(f"the text file {str(path)!r} cannot be read: {error}") from None
 
 
 def tokenize(text: str, tokenizer) -> Tensor:
@@ -77,7 +84,7 @@ def cut(ids: Tensor, window: int, samples: int | None, source: str) -> Windows:
     count = len(ids) // window
     if count == 0 or (samples is not None and count < samples):
         wanted = f"{samples or 1} windows of {window} tokens"
-        raise CalibrationError(
+        raise ShortTextError(
             f"{source} is too short: {len(ids)} tokens, and {wanted} need {(samples or 1) * window}"
         )
     count = count if samples is None else samples
@@ -99,7 +106,7 @@ def windows(
     if isinstance(calibration, Windows):
         return calibration
     if calibration is None:
-        raise CalibrationError(
+        raise MissingCalibrationError(
             "this method needs calibration: pass texts, token ids or the path of a text file"
         )
     if isinstance(calibration, Path) or (
@@ -211,7 +218,7 @@ def capture(model: nn.Module, family: Family, data: Windows) -> list[LayerInput]
     try:
         for i, (ids, mask) in enumerate(zip(data.batches, data.masks, strict=True)):
             if limit is not None and (int(ids.min()) < 0 or int(ids.max()) >= limit):
-                raise CalibrationError(
+                raise VocabularyError(
                     f"calibration sample {i} has token {int(ids.max())}, the vocabulary {limit}"
                 )
             extra = {} if mask is None else {"attention_mask": mask.long().to(device)}
@@ -296,7 +303,7 @@ def collect(
             outputs.append(replace(x, hidden=forward(layer, x)))
             for path, s in sums.items():
                 if not bool(s.max_abs.isfinite().all()):
-                    raise CalibrationError(
+                    raise NonFiniteInputError(
                         f"the input of {name}.{path} is not finite in calibration sample {i}"
                     )
     finally:

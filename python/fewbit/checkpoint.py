@@ -16,7 +16,16 @@ from torch import nn
 
 from . import card, formats
 from .convert import finish
-from .errors import CheckpointError, MissingExtraError, UnsupportedError, UsageError
+from .errors import (
+    AlreadyQuantizedError,
+    CheckpointError,
+    FormatLimitError,
+    MissingExtraError,
+    NotAModelError,
+    NotQuantizedError,
+    OutputError,
+    UnsupportedError,
+)
 from .families import linear_names
 from .integrations import attach
 from .linear import PackedLinear
@@ -65,19 +74,19 @@ def save(
     writer_format = formats.get(format)
     config = getattr(model, "config", None)
     if config is None or not hasattr(config, "to_dict"):
-        raise UsageError("only transformers models are saved: the model has no config")
+        raise UnsupportedError("only transformers models are saved: the model has no config")
     packed = {n: m for n, m in model.named_modules() if isinstance(m, PackedLinear)}
     if not packed:
-        raise UsageError("nothing is quantised: call fewbit.quantize_ first")
+        raise NotQuantizedError("nothing is quantised: call fewbit.quantize_ first")
     source = getattr(config, "_name_or_path", "")
     if source and same_directory(source, path):
-        raise CheckpointError(f"{path} is the directory that the model was read from")
+        raise OutputError(f"{path} is the directory that the model was read from")
     online = online_paths(model)
     if online:
-        raise UnsupportedError(f"{online[0]} {ONLINE}")
+        raise FormatLimitError(f"{online[0]} {ONLINE}")
     norms = [n for n, m in model.named_modules() if isinstance(m, RMSNorm)]
     if norms:
-        raise UnsupportedError(
+        raise FormatLimitError(
             f"{norms[0]} is an RMSNorm where this architecture has a LayerNorm, so that a loaded "
             "model would compute something else; rotate with keeps_mean=True to save"
         )
@@ -87,7 +96,7 @@ def save(
     for name, (n, k) in shapes.items():
         reason = writer_format.refuse(schemes[name], n, k)
         if reason:
-            raise UnsupportedError(f"{name} does not fit format {format}: {reason}")
+            raise FormatLimitError(f"{name} does not fit format {format}: {reason}")
     ignore = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n not in packed]
     section = writer_format.config(schemes, ignore)
 
@@ -121,13 +130,13 @@ def check_fits(model: nn.Module, recipe: Recipe, format: str) -> None:
     """UnsupportedError, before any work, if the result will have no place in the format."""
     writer_format = formats.get(format)
     if any(transform.online for transform in recipe.transforms):
-        raise UnsupportedError(f"method {recipe.name!r} with scheme {recipe.scheme} {ONLINE}")
+        raise FormatLimitError(f"method {recipe.name!r} with scheme {recipe.scheme} {ONLINE}")
     for name in linear_names(model):
         linear = model.get_submodule(name)
         for scheme in recipe.possible_schemes:
             reason = writer_format.refuse(scheme, linear.out_features, linear.in_features)
             if reason:
-                raise UnsupportedError(f"{name} does not fit format {format}: {reason}")
+                raise FormatLimitError(f"{name} does not fit format {format}: {reason}")
 
 
 def _float_dtype(model: nn.Module) -> torch.dtype:
@@ -150,7 +159,7 @@ def load(path: str | Path, dtype: torch.dtype | None = None) -> nn.Module:
     """
     shards = Shards(path)
     if "quantization_config" not in shards.config:
-        raise CheckpointError(f"{path} is not quantised: its config.json has no such section")
+        raise NotQuantizedError(f"{path} is not quantised: its config.json has no such section")
     stored = find(shards, formats.parse(shards.config["quantization_config"]))
     model = empty_model(path)
     linears = {n for n, m in model.named_modules() if isinstance(m, nn.Linear)}
@@ -201,7 +210,7 @@ def empty_model(path: str | Path) -> nn.Module:
     """The model that a directory's config.json describes: real buffers, parameters without data."""
     hf = transformers()
     if not (Path(path) / "config.json").is_file():
-        raise CheckpointError(f"{path} is not a model directory: it has no config.json")
+        raise NotAModelError(f"{path} is not a model directory: it has no config.json")
     try:
         config = hf.AutoConfig.from_pretrained(path, local_files_only=True)
         if hasattr(config, "quantization_config"):
@@ -209,7 +218,7 @@ def empty_model(path: str | Path) -> nn.Module:
         with _parameters_on_meta():
             return hf.AutoModelForCausalLM.from_config(config)
     except (ValueError, KeyError, OSError) as error:
-        raise CheckpointError(f"{path} does not describe a causal model: {error}") from error
+        raise NotAModelError(f"{path} does not describe a causal model: {error}") from error
 
 
 @contextmanager
@@ -236,14 +245,14 @@ def load_float(path: str | Path, dtype: torch.dtype | None = torch.float32) -> n
     if "quantization_config" in shards.config:
         method = shards.config["quantization_config"]
         method = method.get("quant_method") if isinstance(method, dict) else method
-        raise UsageError(f"{path} is already quantised (quant_method {method!r})")
+        raise AlreadyQuantizedError(f"{path} is already quantised (quant_method {method!r})")
     try:
         with _quiet(hf):
             model = hf.AutoModelForCausalLM.from_pretrained(
                 path, dtype=dtype or "auto", local_files_only=True, use_safetensors=True
             )
     except (ValueError, KeyError, OSError, RuntimeError) as error:
-        raise CheckpointError(f"{path} is not a causal model: {error}") from error
+        raise NotAModelError(f"{path} is not a causal model: {error}") from error
     return model.eval()
 
 
@@ -273,4 +282,4 @@ def load_tokenizer(path: str | Path):
     try:
         return hf.AutoTokenizer.from_pretrained(path, local_files_only=True)
     except (ValueError, KeyError, OSError, TypeError) as error:
-        raise CheckpointError(f"{path} has no tokenizer that loads: {error}") from error
+        raise NotAModelError(f"{path} has no tokenizer that loads: {error}") from error

@@ -13,7 +13,7 @@ from typing import Any
 
 from . import formats
 from .engines import Facts, Verdict, validate
-from .errors import CheckpointError, UnsupportedError
+from .errors import FormatLimitError, NotQuantizedError, OutputError, UnsupportedError
 from .formats import Format
 from .scheme import Scheme
 from .shards import Shards, Writer, same_directory, shares_files, side_files
@@ -80,7 +80,7 @@ def convert(
     refuse_in_place(source, target)
     shards = Shards(source)
     if "quantization_config" not in shards.config:
-        raise CheckpointError(f"{source} is not quantised: its config.json has no such section")
+        raise NotQuantizedError(f"{source} is not quantised: its config.json has no such section")
     plan = formats.parse(shards.config["quantization_config"])
     # A format that is kept keeps what its instance knows (the threshold of LLM.int8()).
     writer_format = plan.format if plan.format.name == to else formats.get(to)
@@ -148,7 +148,7 @@ def repack(shards: Shards, module: Stored, to: Format, scheme: Scheme) -> dict[s
     try:
         packed = to.pack(codes, scheme, **extras)
     except UnsupportedError as error:
-        raise UnsupportedError(f"{module.name}: {error}") from error
+        raise type(error)(f"{module.name}: {error.message}") from error
     return {f"{module.name}.{suffix}": tensor for suffix, tensor in packed.items()}
 
 
@@ -167,7 +167,7 @@ def target_schemes(shards: Shards, stored: dict[str, Stored], to: Format) -> dic
     A grid that is symmetric in effect is written as symmetric, which more engines run.
     """
     if not to.writable:
-        raise UnsupportedError(f"{to.name} is read, not written")
+        raise FormatLimitError(f"{to.name} is read, not written")
     by_scheme: dict[Scheme, list[Stored]] = {}
     for module in stored.values():
         by_scheme.setdefault(module.scheme, []).append(module)
@@ -179,13 +179,13 @@ def target_schemes(shards: Shards, stored: dict[str, Stored], to: Format) -> dic
     for name, module in stored.items():
         schemes[name] = effective[module.scheme]
         if module.in_features < 0:
-            raise UnsupportedError(
+            raise FormatLimitError(
                 f"{module.format.name} codes are not on a uniform grid, so {to.name} cannot hold "
                 "them; load the model and quantise it again"
             )
         why = to.refuse(schemes[name], module.out_features, module.in_features)
         if why:
-            raise UnsupportedError(f"{name} does not fit into {to.name}: {why}")
+            raise FormatLimitError(f"{name} does not fit into {to.name}: {why}")
     return schemes
 
 
@@ -212,7 +212,7 @@ def float_linears(shards: Shards, floats: list[str], stored: dict[str, Stored]) 
 def refuse_in_place(source: str | Path, target: str | Path) -> None:
     """A checkpoint is never written over the one that is being read."""
     if same_directory(source, target):
-        raise CheckpointError(f"{target} is the source directory; choose another one")
+        raise OutputError(f"{target} is the source directory; choose another one")
     shared = shares_files(source, target)
     if shared:
-        raise CheckpointError(f"{Path(target) / shared[0]} is the same file as in {source}")
+        raise OutputError(f"{Path(target) / shared[0]} is the same file as in {source}")

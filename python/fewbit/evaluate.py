@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .calibrate import Windows
-from .errors import CalibrationError, MissingExtraError, UsageError
+from .errors import MissingExtraError, ShortTextError, UsageError
 
 
 @dataclass(frozen=True)
@@ -198,7 +198,7 @@ def speed(model: nn.Module, tokens: Tensor, prompt: int = 128, new: int = 32) ->
     """Throughput and memory of a transformers model with a cache, batch 1."""
     ids = tokens.reshape(1, -1)[:, :prompt]
     if ids.shape[1] < 1:
-        raise CalibrationError("the text is empty: measuring speed needs at least one token")
+        raise ShortTextError("the text is empty: measuring speed needs at least one token")
     with _evaluating(model) as device:
         first = _generate(model, ids.to(device), 1)  # the prompt, and one token from it
         steps = max(_generate(model, ids.to(device), 1 + new) - first, 1e-9)
@@ -290,12 +290,12 @@ def _windows(tokens: Tensor, window: int, stride: int, limit: int | None) -> Win
     """Windows of ``window`` tokens that start ``stride`` apart, the first ``limit`` of them."""
     tokens = tokens.reshape(-1)
     if window < 2 or not 1 <= stride <= window:
-        raise CalibrationError(
+        raise UsageError(
             f"window must be at least 2 and stride in 1..window, got {window} and {stride}"
         )
     starts = list(range(0, len(tokens) - window + 1, stride))[:limit]
     if not starts:
-        raise CalibrationError(
+        raise ShortTextError(
             f"the text is too short: {len(tokens)} tokens, one window needs {window}"
         )
     return Windows([tokens[None, s : s + window] for s in starts])

@@ -10,7 +10,13 @@ import torch
 from torch import Tensor
 
 from . import formats
-from .errors import CheckpointError, MissingExtraError, UnsupportedError
+from .errors import (
+    CheckpointError,
+    FormatLimitError,
+    MissingExtraError,
+    NotAModelError,
+    UnsupportedError,
+)
 from .formats import gguf as layout
 from .scheme import Codes
 from .shards import Shards, read_json
@@ -36,7 +42,7 @@ def export(source: str | Path, target: str | Path, rounding: bool = False) -> Pa
     shards = Shards(source)
     config = shards.config
     if (config.get("architectures") or [None])[0] not in ARCHITECTURES:
-        raise UnsupportedError(
+        raise FormatLimitError(
             f"GGUF is written for {', '.join(ARCHITECTURES)}, not {config.get('architectures')}"
         )
     plan = formats.parse(config.get("quantization_config"))
@@ -44,7 +50,7 @@ def export(source: str | Path, target: str | Path, rounding: bool = False) -> Pa
     for module in stored.values():
         why = layout.refuse(module.scheme, module.in_features)
         if why:
-            raise UnsupportedError(f"{module.name}: {why}")
+            raise FormatLimitError(f"{module.name}: {why}")
     Path(target).mkdir(parents=True, exist_ok=True)
     temporary = Path(target) / f".fewbit-{os.getpid()}.gguf"
     writer = gguf.GGUFWriter(temporary, "llama")
@@ -72,7 +78,7 @@ def _tensors(writer, gguf, shards: Shards, stored: dict[str, Stored], config: di
             continue
         known = names.get_name(source, try_suffixes=(".weight", ".bias"))
         if known is None:
-            raise UnsupportedError(f"{source} has no place in llama.cpp's llama architecture")
+            raise FormatLimitError(f"{source} has no place in llama.cpp's llama architecture")
         plan.append((known, name if module is None else module))
     for known, item in plan:
         if isinstance(item, Stored):
@@ -95,12 +101,12 @@ def _tensors(writer, gguf, shards: Shards, stored: dict[str, Stored], config: di
         if isinstance(item, Stored):
             codes, extras = item.codes(shards)
             if extras:
-                raise UnsupportedError(f"{item.name}: GGUF has no place for {', '.join(extras)}")
+                raise FormatLimitError(f"{item.name}: GGUF has no place for {', '.join(extras)}")
             codes = Codes(*(_rotary_rows(part, item.name, config) for part in codes))
             try:
                 _, data = layout.blocks(codes, _effective(shards, item), rounding)
             except UnsupportedError as error:
-                raise UnsupportedError(f"{item.name}: {error}") from error
+                raise type(error)(f"{item.name}: {error.message}") from error
             writer.write_tensor_data(data.numpy())
         else:
             array, _ = _float(shards, item, gguf, config=config)
@@ -119,7 +125,7 @@ def _float(shards: Shards, name: str, gguf, config: dict | None = None, meta: bo
     dtype = torch.float32 if len(entry.shape) < 2 else entry.dtype
     kinds = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
     if dtype not in kinds:
-        raise UnsupportedError(f"{name} is {entry.dtype}, which is not written to GGUF")
+        raise FormatLimitError(f"{name} is {entry.dtype}, which is not written to GGUF")
     raw = gguf.GGMLQuantizationType[kinds[dtype]]
     if meta:
         if dtype == torch.bfloat16:  # numpy has no bfloat16: bytes, with the raw type
@@ -164,7 +170,7 @@ def _metadata(writer, config: dict, stored: dict[str, Stored], gguf) -> None:
     head_dim = config.get("head_dim") or hidden // heads
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if rope.get("rope_type", rope.get("type", "default")) != "default":
-        raise UnsupportedError(f"rope scaling {rope!r:.120} is not written to GGUF")
+        raise FormatLimitError(f"rope scaling {rope!r:.120} is not written to GGUF")
     writer.add_context_length(number("max_position_embeddings"))
     writer.add_embedding_length(hidden)
     writer.add_block_count(number("num_hidden_layers"))
@@ -187,11 +193,11 @@ def _metadata(writer, config: dict, stored: dict[str, Stored], gguf) -> None:
 def _vocabulary(writer, source: Path, config: dict) -> None:
     """Tokens, types and merges of a byte-level or byte-fallback BPE tokenizer.json."""
     if not (source / "tokenizer.json").is_file():
-        raise CheckpointError(f"{source} has no tokenizer.json, which a GGUF file has to hold")
+        raise NotAModelError(f"{source} has no tokenizer.json, which a GGUF file has to hold")
     tokenizer = read_json(source, "tokenizer.json")
     model = tokenizer.get("model") or {}
     if model.get("type") != "BPE":
-        raise UnsupportedError(f"a {model.get('type')!r} tokenizer is not written to GGUF")
+        raise FormatLimitError(f"a {model.get('type')!r} tokenizer is not written to GGUF")
     size = config["vocab_size"]
     tokens, types = [f"[PAD{i}]" for i in range(size)], [USER] * size
     for token, index in model["vocab"].items():

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
-from .errors import CalibrationError, UsageError
+from .errors import MissingCalibrationError, NonFiniteError, ShortTextError, UsageError
 from .families import decoder_layers, describe
 from .lab_rotate import *  # noqa: F403
 from .transforms.edges import Edge, apply_scale, edges
@@ -36,11 +36,11 @@ def evaluate(model, tokenizer, text: str | None = None, windows: int = 40, windo
     predictions counts ``window`` times, so all windows weigh alike.
     """
     if text is None:
-        raise CalibrationError("evaluate needs text=: the exercise's is the WikiText-2 test split")
+        raise MissingCalibrationError("evaluate needs text=, as the test split of WikiText-2")
     ids = tokenizer(text, return_tensors="pt").input_ids.reshape(-1)
     count = min(windows, len(ids) // window)
     if count == 0:
-        raise CalibrationError(f"the text has {len(ids)} tokens, one window needs {window}")
+        raise ShortTextError(f"the text has {len(ids)} tokens, one window needs {window}")
     total = 0.0
     for row in ids[: count * window].reshape(count, 1, window):
         logits = model(row.to(next(model.parameters()).device)).logits[0, :-1].float()
@@ -70,7 +70,7 @@ def get_calib_dataset(
             break
     blocks = torch.tensor(ids[: len(ids) // block_size * block_size]).reshape(-1, 1, block_size)
     if not len(blocks):
-        raise CalibrationError(f"{len(ids)} tokens do not fill one block of {block_size}")
+        raise ShortTextError(f"{len(ids)} tokens do not fill one block of {block_size}")
     return list(blocks)
 
 
@@ -226,7 +226,7 @@ def _search_module_scale(block, linears2scale, x, w_bit, q_group_size, parity=Fa
         for fc, w in zip(linears2scale, weights, strict=True):
             fc.weight.data = w
     if best is None:
-        raise UsageError("every candidate's error is NaN: weights or inputs are not finite")
+        raise NonFiniteError("every candidate's error is NaN: weights or inputs are not finite")
     return best
 
 
@@ -413,7 +413,7 @@ def get_act_scales(
     """
     if texts is None:
         if dataset_path is None:
-            raise CalibrationError("get_act_scales needs texts= or dataset_path=")
+            raise MissingCalibrationError("get_act_scales needs texts= or dataset_path=")
         with open(dataset_path, encoding="utf-8") as file:
             texts = [line for line in file.read().splitlines() if line.strip()]
     samples = [

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from .errors import UnsupportedError
+from .errors import UnknownFamilyError
 from .families import Family, decoder_layers
 
 
@@ -98,7 +98,7 @@ def unfuse(module: nn.Module, path: str) -> Experts:
         and not getattr(module, "is_transposed", False) and not getattr(module, "has_bias", False)
     )
     if not fits:
-        raise UnsupportedError(
+        raise UnknownFamilyError(
             f"{path} is a {type(module).__name__} whose fused expert weights have an unknown layout"
         )
     inner = down.shape[2]

@@ -84,7 +84,7 @@ def module_tensors(module: PackedLinear, format: Format, name: str) -> dict[str,
     try:
         return format.pack(module.codes(), module.scheme, **extras(module))
     except UnsupportedError as error:
-        raise UnsupportedError(f"{name}: {error}") from error
+        raise type(error)(f"{name}: {error.message}") from error
 
 
 def extras(module: PackedLinear) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from . import _C
 from .auto import choose
 from .calibrate import FloatPass, Windows, capture, collect, run_layer, windows
 from .certificate import Probe
-from .errors import UsageError
+from .errors import AlreadyQuantizedError, NonFiniteError, UsageError
 from .families import Family, decoder_layers, describe
 from .integrations import attach
 from .linearise import linearise
@@ -249,13 +249,13 @@ def _check(model: nn.Module, family: Family, recipe: Recipe) -> None:
             name = f"{family.layers}.{index}.{path}"
             linear = layer.get_submodule(path)
             if not isinstance(linear, nn.Linear):
-                raise UsageError(
+                raise AlreadyQuantizedError(
                     f"{name} is a {type(linear).__name__}, not a Linear: the model is already "
                     "quantised (fewbit.restore_ undoes it)"
                 )
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point() and not bool(parameter.isfinite().all()):
-            raise UsageError(f"{name} holds values that are not finite")
+            raise NonFiniteError(f"{name} holds values that are not finite")
 
 
 def environment() -> dict:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .errors import CalibrationError, UsageError
+from .errors import MissingCalibrationError, UsageError
 from .linear import Int8Linear, PackedLinear
 from .scheme import FLOAT_BITS, Codes, Scheme
 from .stats import Stats
@@ -58,7 +58,7 @@ class PseudoInt8Linear(PackedLinear):
 def static_scale(stats: Stats | None, bits: int) -> Tensor:
     """One activation scale from calibration: max|x| / (2^(bits-1) - 1), float32 [1]."""
     if stats is None:
-        raise CalibrationError('activations="static" need calibration: pass calibration=')
+        raise MissingCalibrationError('activations="static" need calibration: pass calibration=')
     top = 2 ** (bits - 1) - 1
     return (stats.max_abs.max() / top).clamp(min=torch.finfo(torch.float32).tiny).reshape(1)
 

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .errors import UsageError
+
 _MAX_HALF = 65504.0
 _PANEL = 16  # rows per panel of the packed layout (cpp/include/fewbit/layout.h)
 
@@ -19,7 +21,7 @@ _PANEL = 16  # rows per panel of the packed layout (cpp/include/fewbit/layout.h)
 def resolve_group(group_size: int, columns: int) -> int:
     """The group size in columns: -1, or anything longer than the row, is the row."""
     if group_size != -1 and group_size < 1:
-        raise ValueError(f"group_size must be -1 (whole row) or at least 1, got {group_size}")
+        raise UsageError(f"group_size must be -1 (whole row) or at least 1, got {group_size}")
     row = max(columns, 1)
     return row if group_size == -1 or group_size > row else group_size
 

@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .errors import CheckpointError
+from .errors import CheckpointError, DamagedFileError, NotAModelError, UnsafeFileError, UsageError
 
 WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
 MAX_HEADER = 25 << 20  # bytes of one safetensors header: 200,000 tensors
@@ -69,7 +69,7 @@ class Shards:
     def __init__(self, path: str | os.PathLike) -> None:
         self.path = Path(path)
         if not self.path.is_dir():
-            raise CheckpointError(f"{self.path} is not a model directory")
+            raise NotAModelError(f"{self.path} is not a model directory")
         self.config = read_json(self.path, CONFIG) if (self.path / CONFIG).exists() else {}
         self._open: tuple[str, object] | None = None
         self.entries: dict[str, Entry] = {}
@@ -77,7 +77,7 @@ class Shards:
             found = self._header(file)
             missing = wanted - found.keys() if wanted is not None else set()
             if missing:
-                raise CheckpointError(f"{file} lacks {min(missing)!r}, which the index puts there")
+                raise DamagedFileError(f"{file} lacks {min(missing)!r}, which the index puts there")
             self.entries |= found if wanted is None else {n: found[n] for n in wanted}
 
     def _files(self) -> dict[str, set[str] | None]:
@@ -96,30 +96,30 @@ class Shards:
             return {WEIGHTS: None}
         pickles = [p.name for p in self.path.iterdir() if p.suffix in PICKLES]
         if pickles:
-            raise CheckpointError(
+            raise UnsafeFileError(
                 f"{self.path} holds pickled weights ({min(pickles)}), which can run code when they "
                 "are opened; fewbit reads safetensors only"
             )
-        raise CheckpointError(f"{self.path} holds neither {WEIGHTS} nor {INDEX}")
+        raise NotAModelError(f"{self.path} holds neither {WEIGHTS} nor {INDEX}")
 
     def _header(self, file: str) -> dict[str, Entry]:
         path = regular_file(self.path, file, ".safetensors")
         with open(path, "rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
         if length > MAX_HEADER:
-            raise CheckpointError(f"{file} has a header of {length} bytes, above {MAX_HEADER}")
+            raise UnsafeFileError(f"{file} has a header of {length} bytes, above {MAX_HEADER}")
         entries = {}
         handle = self._handle(file)
         for name in handle.keys():  # noqa: SIM118 - not a dict
             if len(name) > MAX_NAME:
-                raise CheckpointError(f"{file} has a tensor name of {len(name)} characters")
+                raise UnsafeFileError(f"{file} has a tensor name of {len(name)} characters")
             part = handle.get_slice(name)
             dtype = DTYPES.get(part.get_dtype())
             if dtype is None:
                 raise CheckpointError(f"{file}: {name!r} has unknown dtype {part.get_dtype()}")
             entries[name] = Entry(file, tuple(part.get_shape()), dtype)
         if len(entries) + len(self.entries) > MAX_TENSORS:
-            raise CheckpointError(f"{self.path} has more than {MAX_TENSORS} tensors")
+            raise UnsafeFileError(f"{self.path} has more than {MAX_TENSORS} tensors")
         return entries
 
     def _handle(self, file: str):
@@ -128,7 +128,9 @@ class Shards:
             try:
                 self._open = (file, safe_open(path, "pt"))
             except (SafetensorError, OSError, ValueError) as error:
-                raise CheckpointError(f"{file} is not a whole safetensors file: {error}") from error
+                raise DamagedFileError(
+                    f"{file} is not a whole safetensors file: {error}"
+                ) from error
         return self._open[1]
 
     def __contains__(self, name: str) -> bool:
@@ -140,7 +142,7 @@ class Shards:
         try:
             return self._handle(entry.file).get_tensor(name)
         except SafetensorError as error:
-            raise CheckpointError(f"{entry.file}: {name!r} cannot be read: {error}") from error
+            raise DamagedFileError(f"{entry.file}: {name!r} cannot be read: {error}") from error
 
     def by_file(self) -> Iterator[str]:
         """Tensor names, file by file, so that a model streams through memory once."""
@@ -157,7 +159,7 @@ class Writer:
     def __init__(self, path: str | os.PathLike, max_shard_size: int = 5_000_000_000) -> None:
         self.path, self.limit = Path(path), max_shard_size
         if max_shard_size < 1:
-            raise CheckpointError(f"max_shard_size must be at least 1 byte, got {max_shard_size}")
+            raise UsageError(f"max_shard_size must be at least 1 byte, got {max_shard_size}")
         self.made = not self.path.exists()
         self.path.mkdir(parents=True, exist_ok=True)
         self.files: list[tuple[Path, list[str]]] = []
@@ -244,13 +246,13 @@ def read_json(root: Path, name: str) -> dict:
     """A JSON object of bounded size from a regular file of the directory."""
     path = regular_file(root, name, ".json")
     if path.stat().st_size > MAX_JSON:
-        raise CheckpointError(f"{name} is above {MAX_JSON} bytes")
+        raise UnsafeFileError(f"{name} is above {MAX_JSON} bytes")
     try:
         value = json.loads(path.read_bytes().decode())
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{name} is not valid JSON: {error}") from error
+        raise DamagedFileError(f"{name} is not valid JSON: {error}") from error
     if not isinstance(value, dict):
-        raise CheckpointError(f"{name} must hold an object, not {type(value).__name__}")
+        raise DamagedFileError(f"{name} must hold an object, not {type(value).__name__}")
     return value
 
 
@@ -268,17 +270,17 @@ def regular_file(root: Path, name: str, suffix: str) -> Path:
         or not name.endswith(suffix)
         or any(c in bad or not c.isprintable() for c in name)
     ):
-        raise CheckpointError(f"{name!r:.120} is not the name of a {suffix} file")
+        raise UnsafeFileError(f"{name!r:.120} is not the name of a {suffix} file")
     home, path = root.resolve(), Path(os.path.realpath(root / name))
     blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else None
     if path.parent != home and path.parent != blobs:
-        raise CheckpointError(f"{name} leads out of its directory, to {path}")
+        raise UnsafeFileError(f"{name} leads out of its directory, to {path}")
     try:
         mode = os.stat(path).st_mode
     except OSError as error:
-        raise CheckpointError(f"{name} cannot be read: {error}") from error
+        raise DamagedFileError(f"{name} cannot be read: {error}") from error
     if not stat.S_ISREG(mode):
-        raise CheckpointError(f"{name} is not a regular file")
+        raise UnsafeFileError(f"{name} is not a regular file")
     return path
 
 
@@ -302,7 +304,7 @@ def side_files(source: Path, names: Iterable[str]) -> dict[str, bytes]:
         if (source / name).is_file():
             path = regular_file(source, name, Path(name).suffix)
             if path.stat().st_size > MAX_JSON:
-                raise CheckpointError(f"{name} is above {MAX_JSON} bytes")
+                raise UnsafeFileError(f"{name} is above {MAX_JSON} bytes")
             found[name] = path.read_bytes()
     return found
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from .errors import CheckpointError
+from .errors import CheckpointError, UnsafeFileError
 from .formats import Format, Plan
 from .formats.compressed_tensors import PackQuantized
 from .scheme import Codes, Scheme
@@ -36,7 +36,7 @@ class Stored:
             codes = self.format.unpack(tensors, self.scheme)
             return codes, self.format.extras(tensors, self.scheme)
         except CheckpointError as error:
-            raise CheckpointError(f"{self.name}: {error}") from error
+            raise type(error)(f"{self.name}: {error.message}") from error
 
     def is_symmetric(self, shards: Shards) -> bool:
         """True when every zero point is the middle of the grid; reads zero points only."""
@@ -58,7 +58,7 @@ def find(shards: Shards, plan: Plan) -> dict[str, Stored]:
     format, tail = plan.format, "." + plan.format.mark
     marked = [full[: -len(tail)] for full in shards.entries if full.endswith(tail)]
     if len(marked) * len(plan.patterns) > MAX_MATCHES:
-        raise CheckpointError(
+        raise UnsafeFileError(
             f"the config has {len(plan.patterns)} patterns for {len(marked)} modules; at most "
             f"{MAX_MATCHES} comparisons are made"
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from .errors import UsageError
+from .errors import NotQuantizedError
 from .integrations import detach
 
 _MARK = "_fewbit_undo"
@@ -62,7 +62,7 @@ def restore_(model: nn.Module) -> nn.Module:
     """
     snapshot = getattr(model, _MARK, None)
     if snapshot is None:
-        raise UsageError(
+        raise NotQuantizedError(
             "nothing to restore: the model was not quantised in this process with keep_float=True"
         )
     snapshot.restore(model)

@@ -9,7 +9,7 @@ from strategies import random_codes, same
 from fewbit import formats
 from fewbit.convert import convert
 from fewbit.engines import Facts, validate
-from fewbit.errors import CheckpointError, UnsupportedError
+from fewbit.errors import OutputError, UnsupportedError
 from fewbit.scheme import Scheme
 from fewbit.shards import INDEX, Shards, Writer
 
@@ -70,11 +70,11 @@ def test_never_onto_the_source(tmp_path):
     before = {p.name: p.read_bytes() for p in (tmp_path / "a").iterdir()}
     (tmp_path / "link").symlink_to(tmp_path / "a")
     for target in (tmp_path / "a", tmp_path / "link", tmp_path / "a" / ".." / "a"):
-        with pytest.raises(CheckpointError, match="is the source directory"):
+        with pytest.raises(OutputError, match="is the source directory"):
             convert(tmp_path / "a", target, "awq")
     (tmp_path / "hard").mkdir()
     os.link(tmp_path / "a" / "model.safetensors", tmp_path / "hard" / "model.safetensors")
-    with pytest.raises(CheckpointError, match="is the same file as"):
+    with pytest.raises(OutputError, match="is the same file as"):
         convert(tmp_path / "a", tmp_path / "hard", "awq")
     assert before == {p.name: p.read_bytes() for p in (tmp_path / "a").iterdir()}
 

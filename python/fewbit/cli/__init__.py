@@ -21,7 +21,8 @@ from .. import __version__
 from ..errors import FewbitError, UsageError
 
 COMMANDS = (
-    "quantize", "eval", "inspect", "convert", "report", "doctor", "demo", "bench", "completion",
+    "quantize", "eval", "inspect", "convert", "report", "doctor", "explain", "demo", "bench",
+    "completion",
 )  # fmt: skip
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from ..errors import CheckpointError
+from ..errors import NotQuantizedError
 from . import Result
 
 USAGE = "DIR"
@@ -23,7 +23,7 @@ def run(options) -> Result:
 
     shards = Shards(options.model)
     if "quantization_config" not in shards.config:
-        raise CheckpointError(f"{options.model} is not quantised")
+        raise NotQuantizedError(f"{options.model} is not quantised")
     plan = formats.parse(shards.config["quantization_config"])
     stored = find(shards, plan)
     weights = sum(s.out_features * s.in_features for s in stored.values())

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from .. import recipe_file
-from ..errors import CheckpointError, UsageError
+from ..errors import AlreadyQuantizedError, MissingCalibrationError, OutputError, UsageError
 from . import Result
 
 USAGE = "MODEL_DIR -o OUT [options]"
@@ -52,7 +52,7 @@ def run(options) -> Result:
     if given["model"] is None:
         raise UsageError("MODEL_DIR is missing, and no recipe file names a model")
     if given["calibration"] is None and recipe.needs_stats:
-        raise UsageError(f"method {given['method']!r} needs --calibration FILE")
+        raise MissingCalibrationError(f"method {given['method']!r} needs --calibration FILE")
     if given["calibration"] is not None:
         from ..calibrate import read_text
 
@@ -81,12 +81,12 @@ def check_output(path: str) -> None:
     """Before hours of work: an output that cannot be written, or would be overwritten."""
     out = Path(path)
     if out.exists() and not out.is_dir():
-        raise UsageError(f"the output {path!r} exists and is not a directory")
+        raise OutputError(f"the output {path!r} exists and is not a directory")
     if out.is_dir() and any(out.iterdir()):
-        raise UsageError(f"the output directory {path!r} is not empty")
+        raise OutputError(f"the output directory {path!r} is not empty")
     parent = next(p for p in (out, *out.absolute().parents) if p.exists())
     if not os.access(parent, os.W_OK):
-        raise UsageError(f"the output {path!r} cannot be written: no permission in {parent}")
+        raise OutputError(f"the output {path!r} cannot be written: no permission in {parent}")
 
 
 def _stored_dtype(shards) -> torch.dtype:
@@ -96,5 +96,5 @@ def _stored_dtype(shards) -> torch.dtype:
         if entry.dtype.is_floating_point:
             sizes[entry.dtype] = sizes.get(entry.dtype, 0) + entry.nbytes
     if not sizes:
-        raise CheckpointError(f"{shards.path} holds no float tensors")
+        raise AlreadyQuantizedError(f"{shards.path} holds no float tensors")
     return max(sizes, key=sizes.__getitem__)

@@ -16,7 +16,7 @@ from functools import cache
 
 from torch import nn
 
-from ..errors import UnsupportedError
+from ..errors import AlreadyQuantizedError, UnknownFamilyError
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def describe(model: nn.Module) -> Family:
     name = type(model).__name__
     if name not in families():
         known = ", ".join(sorted(families()))
-        raise UnsupportedError(f"no family describes {name}; described are: {known}")
+        raise UnknownFamilyError(f"no family describes {name}; described are: {known}")
     config = getattr(model, "config", None)
     for family in families()[name]:
         if all(getattr(config, key, None) == value for key, value in family.when.items()):
@@ -105,16 +105,16 @@ def describe(model: nn.Module) -> Family:
     else:
         fields = sorted({key for family in families()[name] for key in family.when})
         values = ", ".join(f"{key}={getattr(config, key, None)!r}" for key in fields)
-        raise UnsupportedError(f"{name} with {values} is not described")
+        raise UnknownFamilyError(f"{name} with {values} is not described")
     for condition, reason in family.refuse.items():
         key, _, value = condition.partition("=")
         negated = key.endswith("!")
         if (str(getattr(config, key.rstrip("!"), None)) == value) != negated:
             found = f"{key.rstrip('!')}={getattr(config, key.rstrip('!'), None)}"
-            raise UnsupportedError(f"{name} with {found} is not supported: {reason}")
+            raise UnknownFamilyError(f"{name} with {found} is not supported: {reason}")
     rotation = getattr(config, "fewbit_rotation", None) or {}
     if rotation.get("r4") and not any(hasattr(m, "online_hadamard") for m in model.modules()):
-        raise UnsupportedError(
+        raise AlreadyQuantizedError(
             f"this {name} was rotated with r4={rotation['r4']!r}: its weights expect an online "
             "Hadamard transform that plain loading does not bring; rotate the original again"
         )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from ..errors import CheckpointError, UnsupportedError
+from ..errors import CheckpointError, UnreadFormatError, UnsupportedError
 from . import awq, bitsandbytes, compressed_tensors, gptq, own, smooth_quant
 from .base import Format, Plan, Rule, Spec, field
 
@@ -50,7 +50,7 @@ def parse(config: Mapping) -> Plan:
         raise CheckpointError(f"quantization_config must be an object, got {config!r:.80}")
     method = field(config, "quant_method", str)
     if method not in READERS:
-        raise UnsupportedError(
+        raise UnreadFormatError(
             f"quant_method {method!r} is not supported; {', '.join(READERS)} are"
         )
     return READERS[method](config)

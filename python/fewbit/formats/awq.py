@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..errors import CheckpointError, UnsupportedError
+from ..errors import CheckpointError, FormatLimitError, UnreadFormatError
 from ..scheme import FLOAT_BITS, Codes
 from . import bits as fields
 from .base import (
@@ -91,7 +91,7 @@ class Gemm(Format):
         for entry in ignore:  # engines test for substrings
             hit = next((name for name in schemes if entry in name), None)
             if hit:
-                raise UnsupportedError(
+                raise FormatLimitError(
                     f"AWQ's skip list would also skip {hit} for its entry {entry!r}"
                 )
         return {
@@ -207,10 +207,10 @@ def parse(config: Mapping) -> Plan:
     if config.get("backend") == "llm-awq":
         version = "llm-awq"
     if version not in VERSIONS:
-        raise UnsupportedError(f"AWQ version {version!r} is not known; {list(VERSIONS)} are")
+        raise UnreadFormatError(f"AWQ version {version!r} is not known; {list(VERSIONS)} are")
     bits = field(config, "bits", int, field(config, "w_bit", int, 4))
     if bits != 4:
-        raise UnsupportedError(f"AWQ with {bits} bits is not supported; 4 is")
+        raise UnreadFormatError(f"AWQ with {bits} bits is not supported; 4 is")
     scheme = scheme_or_error(
         bits=bits,
         group_size=field(config, "group_size", int, field(config, "q_group_size", int, 128)),

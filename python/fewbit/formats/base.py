@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..errors import CheckpointError, UnsupportedError
+from ..errors import CheckpointError, FormatLimitError, UnsupportedError, UsageError
 from ..scheme import Codes, Scheme
 from .patterns import Pattern
 
@@ -177,15 +177,16 @@ def scheme_or_error(**values: Any) -> Scheme:
     """A Scheme from file values: what the scheme rejects is the file's fault."""
     try:
         return Scheme(**values)
-    except ValueError as error:
-        raise CheckpointError(f"the quantization_config is not usable: {error}") from error
+    except UsageError as error:
+        reason = error.message
+        raise CheckpointError(f"the quantization_config is not usable: {reason}") from error
 
 
 def only_scheme(schemes: Mapping[str, Scheme], where: str) -> Scheme:
     """The one scheme of all modules, for formats whose config holds no more."""
     found = set(schemes.values())
     if len(found) != 1:
-        raise UnsupportedError(
+        raise FormatLimitError(
             f"{where} holds one scheme a model, not {sorted(map(str, found))}; compressed-tensors "
             "holds several"
         )
@@ -201,7 +202,7 @@ def exact(scale: Tensor, dtype: torch.dtype, where: str) -> Tensor:
     """``scale`` as ``dtype``, refused when that would change a value."""
     out = scale.to(dtype)
     if not torch.equal(out.to(scale.dtype), scale):
-        raise UnsupportedError(
+        raise FormatLimitError(
             f"{where} stores scales as {_names((dtype,))}, which would change scales of "
             f"{_names((scale.dtype,))}; quantise with scale_dtype={_names((dtype,))!r}"
         )
@@ -226,7 +227,7 @@ def require_codes(
     for key in (extras or {}).keys() - set(format.holds):
         refusal = refusal or f"it has no place for {EXTRAS.get(key, key)}"
     if refusal:
-        raise UnsupportedError(f"{format.name} cannot hold this weight: {refusal}")
+        raise FormatLimitError(f"{format.name} cannot hold this weight: {refusal}")
     want = (n, scheme.groups(k))
     if tuple(codes.scale.shape) != want or tuple(codes.zero_point.shape) != want:
         raise UnsupportedError(

@@ -20,7 +20,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ..errors import CheckpointError, UnsupportedError
+from ..errors import CheckpointError, FormatLimitError, UnreadFormatError
 from ..scheme import Scheme
 from .base import FLOATS, Format, Plan, Rule, Spec, field, only_scheme, require_codes
 from .compressed_tensors import IntQuantized, per_token
@@ -65,7 +65,7 @@ class LlmInt8(IntQuantized):
 
     def unpack(self, tensors, scheme):
         if "weight_format" in tensors and int(tensors["weight_format"]) != 0:
-            raise UnsupportedError("LLM.int8() weights must be stored by row (weight_format 0)")
+            raise UnreadFormatError("LLM.int8() weights must be stored by row (weight_format 0)")
         scale = tensors["SCB"] / 127
         return super().unpack({"weight": tensors["weight"], "weight_scale": scale}, scheme)
 
@@ -111,10 +111,10 @@ class Bnb4(Format):
     writable = False
 
     def size(self, shapes, scheme):
-        raise UnsupportedError(f"{self.name} keeps a weight's shape in its quant_state")
+        raise FormatLimitError(f"{self.name} keeps a weight's shape in its quant_state")
 
     def unpack(self, tensors, scheme):
-        raise UnsupportedError(
+        raise FormatLimitError(
             "NF4 and FP4 codes are not on a uniform grid, so no other format can hold them; load "
             "the model and quantise it again"
         )
@@ -185,7 +185,7 @@ def row_absmax(scale: Tensor) -> Tensor:
     for candidate in (scb, scb.nextafter(scb.new_tensor(0.0)), scb.nextafter(scb + 1)):
         scb = torch.where(scb / 127 == want, scb, candidate)
     if not torch.equal(scb / 127, want) or not torch.equal(want.to(scale.dtype), scale):
-        raise UnsupportedError(
+        raise FormatLimitError(
             "some float32 scales have no float32 row maximum with SCB / 127 equal to them; "
             "quantise with scale_dtype='float16'"
         )

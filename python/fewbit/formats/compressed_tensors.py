@@ -20,7 +20,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ..errors import CheckpointError, UnsupportedError
+from ..errors import CheckpointError, FormatLimitError, UnreadFormatError
 from ..scheme import FLOAT_BITS, Codes, Scheme
 from . import bits as fields
 from .base import (
@@ -206,7 +206,7 @@ class IntQuantized(PackQuantized):
         if scheme.activation_bits == 8 and scheme.activations == "static":
             needed = ("input_scale", "input_zero_point")[: 2 - scheme.symmetric_activations]
             if not extras.keys() >= set(needed):
-                raise UnsupportedError(f"static activations need {' and '.join(needed)}")
+                raise FormatLimitError(f"static activations need {' and '.join(needed)}")
             tensors |= {key: value.reshape(1) for key, value in extras.items()}
         return tensors
 
@@ -278,9 +278,9 @@ def parse(config: Mapping) -> Plan:
     if not 0 < len(groups) <= 10_000:
         raise CheckpointError(f"config_groups must hold 1 to 10000 groups, got {len(groups)}")
     if (config.get("sparsity_config") or {}) not in ({}, {"format": "dense"}):
-        raise UnsupportedError("sparse compressed-tensors checkpoints are not supported")
+        raise UnreadFormatError("sparse compressed-tensors checkpoints are not supported")
     if config.get("transform_config"):
-        raise UnsupportedError(
+        raise UnreadFormatError(
             "the checkpoint needs online transforms (transform_config), which fewbit does not run"
         )
     top = field(config, "format", (str, type(None)), None)
@@ -293,7 +293,7 @@ def parse(config: Mapping) -> Plan:
         for target in names(group, "targets"):
             rules.append(_rule(target, scheme))
     if len(layouts) != 1:
-        raise UnsupportedError(f"layouts {sorted(map(str, layouts))} are mixed in one checkpoint")
+        raise UnreadFormatError(f"layouts {sorted(map(str, layouts))} are mixed in one checkpoint")
     # Exact names and patterns go before class names, as in compressed-tensors.
     rules.sort(key=lambda rule: ("name", "regex", "all").index(rule.kind))
     notes = ("the KV cache scheme of the checkpoint is not applied",) * bool(
@@ -309,7 +309,7 @@ def _format(layout: str | None, config: Mapping) -> Format:
         return PackQuantized(padded=len(numbers) == 2 and numbers < DENSE_SINCE)
     if layout in ("int-quantized", "naive-quantized"):
         return IntQuantized()
-    raise UnsupportedError(
+    raise UnreadFormatError(
         f"compressed-tensors format {layout!r} is not supported; pack-quantized, int-quantized and "
         "naive-quantized are"
     )
@@ -319,11 +319,11 @@ def _scheme(group: Mapping) -> Scheme:
     weights = field(group, "weights", dict)
     kind = field(weights, "type", str, "int")
     if kind != "int":
-        raise UnsupportedError(f"weights of type {kind!r} are not supported; only 'int' is")
+        raise UnreadFormatError(f"weights of type {kind!r} are not supported; only 'int' is")
     strategy = field(weights, "strategy", (str, type(None)), None)
     size = field(weights, "group_size", (int, type(None)), None)
     if strategy not in ("channel", "group", "tensor", None):
-        raise UnsupportedError(f"weight strategy {strategy!r} is not supported")
+        raise UnreadFormatError(f"weight strategy {strategy!r} is not supported")
     grouped = strategy == "group" or (strategy is None and size not in (None, -1))
     if grouped and size is None:
         raise CheckpointError("weight strategy 'group' needs a group_size")
@@ -335,7 +335,7 @@ def _scheme(group: Mapping) -> Scheme:
     inputs = field(group, "input_activations", (dict, type(None)), None)
     if inputs:
         if field(inputs, "type", str, "int") != "int" or field(inputs, "num_bits", int, 8) != 8:
-            raise UnsupportedError("only 8-bit integer activations are supported")
+            raise UnreadFormatError("only 8-bit integer activations are supported")
         values["activation_bits"] = 8
         values["activations"] = _activation_mode(inputs)
         values["symmetric_activations"] = field(inputs, "symmetric", bool, True)
@@ -348,7 +348,7 @@ def _activation_mode(inputs: Mapping) -> str:
     modes = {(True, "token"): "token", (True, "tensor"): "tensor", (False, "tensor"): "static"}
     if (dynamic, strategy) not in modes:
         kind = "dynamic" if dynamic else "static"
-        raise UnsupportedError(f"{kind} activations with strategy {strategy!r} are not supported")
+        raise UnreadFormatError(f"{kind} activations with strategy {strategy!r} are not supported")
     return modes[dynamic, strategy]
 
 

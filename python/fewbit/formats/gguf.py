@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..errors import UnsupportedError
+from ..errors import FormatLimitError
 from ..scheme import FLOAT_BITS, Codes, Scheme
 from .base import exact
 
@@ -47,7 +47,7 @@ def blocks(codes: Codes, scheme: Scheme, rounding: bool = False) -> tuple[str, T
     n, k = codes.q.shape
     why = refuse(scheme, k)
     if why:
-        raise UnsupportedError(why)
+        raise FormatLimitError(why)
     kind, each = kind_of(scheme), scheme.group_of(k) // BLOCK
 
     def per_block(values: Tensor) -> Tensor:
@@ -59,7 +59,7 @@ def blocks(codes: Codes, scheme: Scheme, rounding: bool = False) -> tuple[str, T
         low = -codes.zero_point.float() * d.float()
         m = low.to(torch.float16)
         if not rounding and not torch.equal(m.float(), low):
-            raise UnsupportedError(
+            raise FormatLimitError(
                 "Q4_1 stores the minimum -z s in float16, which would round it here; allow it with "
                 "rounding=True, or quantise symmetrically"
             )

@@ -21,7 +21,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ..errors import CheckpointError, UnsupportedError
+from ..errors import CheckpointError, FormatLimitError, UnreadFormatError
 from ..scheme import FLOAT_BITS, Codes, Scheme
 from . import bits as fields
 from .base import Format, Plan, Rule, Spec, exact, field, require_codes, scheme_or_error
@@ -62,7 +62,7 @@ class Gptq(Format):
         n, k = codes.q.shape
         require_codes(self, codes, scheme, extras)
         if self.offset and codes.zero_point.numel() and int(codes.zero_point.min()) == 0:
-            raise UnsupportedError(
+            raise FormatLimitError(
                 "GPTQ v1 cannot hold a zero point of 0, its stored value would borrow from its "
                 "neighbours; write gptq_v2, awq or compressed-tensors"
             )
@@ -176,9 +176,9 @@ def parse(config: Mapping) -> Plan:
     label = label or field(config, "format", (str, type(None)), None) or "gptq"
     formats = {format.name: format for format in (Gptq(), GptqV2())}
     if field(config, "is_marlin_format", bool, False) or label not in formats:
-        raise UnsupportedError(f"GPTQ format {label!r} is not supported; {list(formats)} are")
+        raise UnreadFormatError(f"GPTQ format {label!r} is not supported; {list(formats)} are")
     if config.get("rotation"):
-        raise UnsupportedError("the checkpoint needs an online rotation, which fewbit does not run")
+        raise UnreadFormatError("the checkpoint needs an online rotation, which fewbit lacks")
     base = {
         "bits": field(config, "bits", int),
         "group_size": field(config, "group_size", int, 128),
@@ -204,5 +204,5 @@ def parse(config: Mapping) -> Plan:
 def _scheme(values: dict) -> Scheme:
     scheme = scheme_or_error(**values)
     if scheme.bits not in BITS:
-        raise UnsupportedError(f"GPTQ with {scheme.bits} bits is not supported; {BITS} are")
+        raise UnreadFormatError(f"GPTQ with {scheme.bits} bits is not supported; {BITS} are")
     return scheme

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 import torch
 
-from ..errors import CheckpointError, UnsupportedError
+from ..errors import CheckpointError, UnreadFormatError
 from ..scheme import Scheme
 from .base import FLOATS, Plan, Rule, Spec, field, names, scheme_or_error
 from .compressed_tensors import PackQuantized
@@ -65,7 +65,7 @@ def parse(config: Mapping) -> Plan:
     """The Plan of a ``quant_method: fewbit`` config."""
     version = field(config, "version", int)
     if version != VERSION:
-        raise UnsupportedError(f"the checkpoint is of version {version}; {VERSION} is read")
+        raise UnreadFormatError(f"the checkpoint is of version {version}; {VERSION} is read")
     rules = []
     for group in field(config, "groups", list):
         if not isinstance(group, dict) or not isinstance(group.get("scheme"), dict):
@@ -73,7 +73,7 @@ def parse(config: Mapping) -> Plan:
         values = group["scheme"]
         unknown = values.keys() - Scheme.__dataclass_fields__.keys()
         if unknown:
-            raise UnsupportedError(f"schemes have no field {min(unknown)!r:.80}")
+            raise UnreadFormatError(f"schemes have no field {min(unknown)!r:.80}")
         scheme = scheme_or_error(**values)
         rules += [Rule("name", name, scheme) for name in names(group, "modules")]
     return Plan(Own(), tuple(rules))

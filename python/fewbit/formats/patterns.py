@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import warnings
 
-from ..errors import CheckpointError
+from ..errors import UnsafeFileError
 
 try:
     from re import _constants as sre
@@ -34,7 +34,7 @@ class Pattern:
 
     def __init__(self, text: str) -> None:
         if len(text) > MAX_PATTERN:
-            raise CheckpointError(
+            raise UnsafeFileError(
                 f"a pattern of {len(text)} characters is too long; at most {MAX_PATTERN} are read"
             )
         try:
@@ -44,14 +44,14 @@ class Pattern:
             if _check(self._tree) > MAX_REPEATS:
                 raise KeyError(f"more than {MAX_REPEATS} repeats")
         except (re.error, RecursionError, OverflowError, KeyError) as error:
-            raise CheckpointError(f"pattern {text[:80]!r} cannot be used: {error}") from error
+            raise UnsafeFileError(f"pattern {text[:80]!r} cannot be used: {error}") from error
 
     def match(self, name: str) -> bool:
         """True when some prefix of ``name`` matches."""
         try:
             return bool(_Run(name).sequence(self._tree, 0))
         except RecursionError as error:
-            raise CheckpointError("a pattern is nested too deeply") from error
+            raise UnsafeFileError("a pattern is nested too deeply") from error
 
 
 class _Run:

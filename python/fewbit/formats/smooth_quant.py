@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 import torch
 
-from ..errors import UnsupportedError
+from ..errors import UnreadFormatError
 from ..scheme import Scheme
 from .base import Format, Plan, Rule, Spec, exact, field, only_scheme
 from .compressed_tensors import IntQuantized, per_token
@@ -59,6 +59,6 @@ def parse(config: Mapping) -> Plan:
     """The Plan of a ``quant_method: smooth_quant`` config."""
     dtype = field(config, "quant_dtype", str, "int8")
     if dtype != "int8":
-        raise UnsupportedError(f"smooth_quant with {dtype!r} is not supported; 'int8' is")
+        raise UnreadFormatError(f"smooth_quant with {dtype!r} is not supported; 'int8' is")
     scheme = Scheme(8, -1, True, "float32", activation_bits=8)
     return Plan(SmoothQuant(), (Rule("all", "", scheme),))

@@ -17,7 +17,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .. import formats
-from ..errors import CheckpointError, UnsupportedError
+from ..errors import CheckpointError, FormatLimitError, UnsupportedError
 from ..linear import PackedLinear
 from ..modules import build_linear, extras, format_for, module_tensors
 from ..shards import Shards
@@ -131,7 +131,7 @@ def _fitting(packed: dict[str, PackedLinear], section: dict | None) -> formats.F
             for m in linears
         ):
             return format
-    raise UnsupportedError("no format holds this model")  # fewbit's own refuses nothing
+    raise FormatLimitError("no format holds this model")  # fewbit's own refuses nothing
 
 
 def fill(model: nn.Module, shards: Shards, places: dict[str, Stored]) -> None:

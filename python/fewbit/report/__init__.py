@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from ..errors import CheckpointError
+from ..errors import DamagedFileError
 
 
 @dataclass
@@ -93,9 +93,9 @@ class Report:
             linears = [LinearRecord(**record) for record in data.pop("linears")]
             return cls(**data, linears=linears)
         except OSError as error:
-            raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+            raise DamagedFileError(f"{path} cannot be read: {error.strerror}") from error
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise CheckpointError(f"{path} is not a report of fewbit: {error!r}") from error
+            raise DamagedFileError(f"{path} is not a report of fewbit: {error!r}") from error
 
     def save_html(self, path: str | Path) -> None:
         """Write the report as one HTML file that needs no network; plots need matplotlib."""

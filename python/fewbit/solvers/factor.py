@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..errors import CalibrationError
+from ..errors import HessianError
 from ..stats import sum_type
 
 RUNGS = ("damp", "damp x 10", "damp x 100", "damp x 1000", "floor", "rtn")
@@ -73,7 +73,7 @@ def factorize(gram: Tensor, damp: float = 0.01, order: Tensor | None = None) -> 
     diagonal = gram.diagonal().double()
     live = diagonal > 0
     if gram.numel() and not bool(live.any()):
-        raise CalibrationError(
+        raise HessianError(
             "the Hessian is zero: no calibration token excites any input of this layer"
         )
     mean = float(diagonal.mean()) if gram.numel() else 1.0

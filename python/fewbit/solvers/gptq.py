@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..errors import CalibrationError, UsageError
+from ..errors import HessianError, MissingCalibrationError, UsageError
 from ..scheme import Codes, Scheme
 from ..stats import Stats
 from . import Solver
@@ -88,7 +88,7 @@ class GPTQ(Solver):
     @torch.no_grad()
     def solve(self, weight: Tensor, scheme: Scheme, stats: Stats | None) -> tuple[Codes, dict]:
         if stats is None or stats.gram is None:
-            raise CalibrationError("GPTQ needs the Gram matrix of the layer's inputs")
+            raise MissingCalibrationError("GPTQ needs the Gram matrix of the layer's inputs")
         unseen = stats.routed and stats.tokens == 0
         factor = None if unseen else self._factor(stats, scheme)
         if factor is None:
@@ -99,7 +99,7 @@ class GPTQ(Solver):
         if stats.tokens < weight.shape[1]:
             info["few_tokens"] = f"{stats.tokens} for {weight.shape[1]} inputs"
         if self.strict and info["rung"] > 0:
-            raise CalibrationError(
+            raise HessianError(
                 f"strict: the Hessian needs rung {info['rung']} ({info['ladder']}) of the ladder"
                 + (f": {info['reason']}" if "reason" in info else "")
             )
@@ -164,7 +164,7 @@ class GPTQ(Solver):
         if self.target == "weight":
             return weight
         if stats.cross is None:
-            raise CalibrationError(f"target {self.target} needs Stats.cross, which is missing")
+            raise MissingCalibrationError(f"target {self.target} needs Stats.cross, got none")
         # float64 throughout: a shift of the weights is small, and inherits H's condition.
         d, v = scaled(stats.cross, factor.exponent, torch.float64), factor.v.double()
         w, order = weight.double(), factor.order

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..errors import UnsupportedError, UsageError
+from ..errors import FormatLimitError, UnsupportedError, UsageError
 from ..linear import PackedLinear
 from ..scheme import Codes, Scheme
 from ..stats import Stats
@@ -38,7 +38,7 @@ class MixedLinear(PackedLinear):
         return super().forward(x) + x[..., self.kept] @ self.kept_weight.to(x.dtype).T
 
     def codes(self) -> Codes:
-        raise UnsupportedError(
+        raise FormatLimitError(
             f"a MixedLinear keeps {len(self.kept)} float columns beside its codes, and no "
             "checkpoint format stores both: save another method's result"
         )

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..errors import CalibrationError, UsageError
+from ..errors import HessianError, MissingCalibrationError, UsageError
 from ..scheme import Codes, Scheme
 from ..stats import Stats
 from . import Solver
@@ -35,14 +35,14 @@ class OBQ(Solver):
     @torch.no_grad()
     def solve(self, weight: Tensor, scheme: Scheme, stats: Stats | None) -> tuple[Codes, dict]:
         if stats is None or stats.gram is None:
-            raise CalibrationError("OBQ needs the Gram matrix of the layer's inputs")
+            raise MissingCalibrationError("OBQ needs the Gram matrix of the layer's inputs")
         columns = weight.shape[1]
         if columns > LARGEST:
             raise UsageError(f"OBQ is for up to {LARGEST} inputs, got {columns}: use gptq")
         h = stats.gram.double()
         level = h.diagonal().mean()
         if not bool(level > 0) or not bool(h.isfinite().all()):
-            raise CalibrationError("the Hessian is zero or not finite")
+            raise HessianError("the Hessian is zero or not finite")
         h = h / level + self.damp * torch.eye(columns, dtype=h.dtype)
         grid = (scheme.bits, scheme.group_size, scheme.symmetric, scheme.scale_dtype)
         _, scale, zero_point = ops.quantize(weight, *grid)

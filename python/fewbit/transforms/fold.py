@@ -16,7 +16,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from ..errors import UnsupportedError
+from ..errors import AlreadyQuantizedError, RotationLimitError
 from ..families import Family
 from . import LayerContext, Transform
 
@@ -69,7 +69,7 @@ def linear_at(root: nn.Module, path: str) -> nn.Linear:
     module = root.get_submodule(path)
     router = type(module).__name__.endswith("Router") and module.weight.dim() == 2
     if not isinstance(module, nn.Linear) and not router:
-        raise UnsupportedError(
+        raise AlreadyQuantizedError(
             f"{path} is a {type(module).__name__}; folding and rotating need an nn.Linear with "
             "float weights, so they come before quantisation"
         )
@@ -117,7 +117,7 @@ def fold_into(norm: nn.Module, readers: list[nn.Linear], unit_offset: bool, cent
         keep_bias = not centre and any(r.bias is None for r in readers)
         if keep_bias and gain is not None:
             if bool(((gain == 0) & (bias != 0)).any()):
-                raise UnsupportedError(
+                raise RotationLimitError(
                     "a norm with zero gain and nonzero bias on a channel cannot pass its bias to a "
                     "linear without bias; rotate with keeps_mean=False, which adds one"
                 )

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import UnsupportedError, UsageError
+from ..errors import AlreadyQuantizedError, RotationLimitError, UsageError
 from ..families import Family, Sublayer
 from ..kv import attach_kv, head_dim, route_attention
 from ..online import OnlineHadamard, attach
@@ -169,26 +169,26 @@ class Rotate(Transform):
 def check_rotatable(model: nn.Module, family: Family, rotate: Rotate) -> None:
     """Refuse, with the reason, what cannot be rotated or has been rotated before."""
     if family.unrotatable:
-        raise UnsupportedError(f"{type(model).__name__} cannot be rotated: {family.unrotatable}")
+        raise RotationLimitError(f"{type(model).__name__} cannot be rotated: {family.unrotatable}")
     if getattr(model.config, MARK, None):
-        raise UsageError(
+        raise AlreadyQuantizedError(
             f"this model is rotated already ({model.config.fewbit_rotation}); rotate the original"
         )
     width, stream = model.get_submodule(family.embed).weight.shape[1], model.config.hidden_size
     if width != stream:
-        raise UnsupportedError(
+        raise RotationLimitError(
             f"{type(model).__name__} cannot be rotated: its embedding is {width} wide and the "
             f"residual stream {stream}, with a projection between them that no norm follows"
         )
     if rotate.r3 and family.own_attention:
-        raise UnsupportedError(
+        raise RotationLimitError(
             f"r3 is not supported for {type(model).__name__}: its attention does not go through "
             "transformers' attention interface, where queries and keys could be rotated"
         )
     if rotate.r3 and not family.rope:
         for sub in family.sublayers:
             if sub.heads and not (sub.query and sub.key):
-                raise UnsupportedError(
+                raise RotationLimitError(
                     f"r3 is not supported for {type(model).__name__}: its query and key "
                     "projections are fused"
                 )

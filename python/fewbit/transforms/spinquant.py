@@ -23,7 +23,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from .. import ops
-from ..errors import CalibrationError, UsageError
+from ..errors import MissingCalibrationError, UsageError
 from ..families import Family, decoder_layers
 from ..kv import head_dim
 from ..orthogonal import _householder_to_mean, rotation
@@ -135,7 +135,7 @@ class SpinQuant(Rotate):
         """Learn R1 and R2 on token windows int64 [1, tokens]; afterwards this is a Rotate."""
         check_rotatable(model, family, self)
         if not batches:
-            raise CalibrationError("spinquant learns from calibration tokens, and there are none")
+            raise MissingCalibrationError("spinquant learns from calibration, and there is none")
         self.r1, self.r2 = self.start
         with _threads(self.threads), torch.enable_grad():
             self._learn(_Twin(model, family, scheme, self, batches), batches)
