@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from .errors import CheckpointError, UnsupportedError
+from .errors import CheckpointError, FormatLimitError, UnsupportedError
 from .formats import Format
 from .formats.bitsandbytes import Bnb4, LlmInt8
 from .linear import MixedInt8Linear, PackedLinear
@@ -75,7 +75,7 @@ def format_for(format: Format, modules: Iterable[PackedLinear]) -> Format:
         return format
     found = {m.threshold if isinstance(m, MixedInt8Linear) else 0.0 for m in modules}
     if len(found) > 1:
-        raise UnsupportedError(f"LLM.int8() holds one threshold a model, not {sorted(found)}")
+        raise FormatLimitError(f"LLM.int8() holds one threshold a model, not {sorted(found)}")
     return LlmInt8(*found)
 
 
