@@ -6,114 +6,15 @@ import pytest
 import torch
 from torch import nn
 
+import exercises
 from fewbit import lab
 from fewbit.errors import CalibrationError
 from tiny import probe, tiny
 
-# ---- the transcription: plain torch, nothing of the package ----
-
-
-def t_quantize(w, n_bit, group):
-    shape = w.shape
-    if group > 0:
-        w = w.reshape(-1, group)
-    hi, lo, top = w.amax(dim=1, keepdim=True), w.amin(dim=1, keepdim=True), 2**n_bit - 1
-    s = (hi - lo).clamp(min=1e-5) / top
-    z = (-torch.round(lo / s)).clamp_(0, top)
-    q = torch.clamp(torch.round(w / s) + z, 0, top)
-    return ((q - z) * s).reshape(shape)
-
-
-def t_features(model, blocks):
-    found, hooks = {}, []
-    for n, m in model.named_modules():
-        if isinstance(m, nn.Linear):
-            def hook(module, x, y, n=n):
-                x = x[0].detach()
-                found.setdefault(n, []).append(x.view(-1, x.shape[-1]).abs().mean(dim=0))
-
-            hooks.append(m.register_forward_hook(hook))
-    for b in blocks:
-        model(b)
-    for h in hooks:
-        h.remove()
-    return found
-
-
-def t_search(block, fcs, x, bits, group):
-    def run():
-        y = block(x)
-        return y[0] if isinstance(y, tuple) else y
-
-    want, s_x = run(), x.view(-1, x.shape[-1]).abs().mean(0)
-    state = copy.deepcopy(block.state_dict())
-    best, best_loss = None, float("inf")
-    for i in range(20):
-        s = s_x.clamp(min=1e-4).pow(i / 20)
-        s = s / (s.max() * s.min()).sqrt().view(1, -1)
-        for fc in fcs:
-            fc.weight.mul_(s)
-            fc.weight.data = t_quantize(fc.weight.data, bits, group)
-            fc.weight.data /= s
-        loss = (want - run()).float().pow(2).mean().item()
-        if loss < best_loss:
-            best, best_loss = s, loss
-        block.load_state_dict(state)
-    return best.view(-1)
-
-
-def t_auto_scale(model, bits, group, feat):
-    for n, m in model.named_modules():
-        if type(m).__name__ != "OPTDecoderLayer":
-            continue
-        a = m.self_attn
-        qkv = [a.q_proj, a.k_proj, a.v_proj]
-        x = torch.cat([v.unsqueeze(0) for v in feat[n + ".self_attn.out_proj"]], dim=0)
-        s = t_search(a, qkv, x.unsqueeze(0), bits, group)
-        m.self_attn_layer_norm.weight /= s
-        m.self_attn_layer_norm.bias /= s
-        for fc in qkv:
-            fc.weight.mul_(s)
-        s = t_search(a.out_proj, [a.out_proj], x, bits, group)
-        a.v_proj.weight.div_(s.view(-1, 1))
-        a.v_proj.bias.div_(s)
-        a.out_proj.weight.mul_(s)
-        x = torch.cat([v.unsqueeze(0) for v in feat[n + ".fc1"]], dim=0)
-        s = t_search(m.fc1, [m.fc1], x, bits, group)
-        m.final_layer_norm.weight /= s
-        m.final_layer_norm.bias /= s
-        m.fc1.weight.mul_(s)
-        x = torch.cat([v.unsqueeze(0) for v in feat[n + ".fc2"]], dim=0)
-        s = t_search(m.fc2, [m.fc2], x, bits, group)
-        m.fc1.weight.div_(s.view(-1, 1))
-        m.fc1.bias.div_(s)
-        m.fc2.weight.mul_(s)
-    for m in model.modules():
-        if isinstance(m, nn.Linear):
-            m.weight.data = t_quantize(m.weight.data, bits, group)
-
-
-def t_keep(model, bits, group, feat, pick):
-    for n, m in model.named_modules():
-        if isinstance(m, nn.Linear):
-            kept = pick(sum(feat[n]).float())
-            columns = m.weight.data[:, kept].clone()
-            m.weight.data = t_quantize(m.weight.data, bits, group)
-            m.weight.data[:, kept] = columns
-
-
-def t_scaleup(model, bits, group, feat, factor):
-    for n, m in model.named_modules():
-        if isinstance(m, nn.Linear):
-            imp = sum(feat[n]).float()
-            mask = torch.topk(imp, int(len(imp) * 0.01))[1]
-            m.weight.data[:, mask] *= factor
-            m.weight.data = t_quantize(m.weight.data, bits, group)
-            m.weight.data[:, mask] /= factor
-
-
-# ---- the tests ----
-
+CASES = {
+    "weight": "weight", "salient": "salient_weight_fp16", "random": "random_weight_fp16",
+    "scaleup": "weight_scaleup", "auto": "weight_auto_scale",
+}  # fmt: skip
 
 @pytest.fixture(scope="module")
 def trained(request):
@@ -128,7 +29,7 @@ def trained(request):
     model.requires_grad_(False)
     generator = torch.Generator().manual_seed(0)
     blocks = [torch.randint(4096, (1, 64), generator=generator) for _ in range(6)]
-    return model, blocks, t_features(model, blocks)
+    return model, blocks, exercises.get_calib_feat(model, blocks)
 
 
 def same(a, b):
@@ -142,7 +43,7 @@ def test_pseudo_quantize_tensor_on_1000_tensors():
         bits, group = 2 + i % 7, (4, 16, -1)[i % 3]
         w = torch.randn(3, 32, generator=g) * 10.0 ** (i % 9 - 4) + (i % 5 == 0)
         got = lab.pseudo_quantize_tensor(w.clone(), bits, group, parity=True)
-        assert torch.equal(got, t_quantize(w.clone(), bits, group)), i
+        assert torch.equal(got, exercises.pseudo_quantize_tensor(w.clone(), bits, group)), i
 
 
 def test_quirk_of_one_sign_groups():
@@ -154,7 +55,7 @@ def test_quirk_of_one_sign_groups():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("case", ["weight", "salient", "random", "scaleup", "auto"])
+@pytest.mark.parametrize("case", CASES)
 def test_parity_on_the_trained_model(trained, case):
     model, blocks, feat = trained
     mine = lab.get_calib_feat(model, None, blocks)
@@ -162,26 +63,14 @@ def test_parity_on_the_trained_model(trained, case):
     a, b = copy.deepcopy(model), copy.deepcopy(model)
     one = int(256 * 0.01)
     assert one == 2
+    name = f"pseudo_quantize_model_{CASES[case]}"
+    options = [3, 128] if case == "weight" else [3, 128, mine]
+    options += [2.0] if case == "scaleup" else []
+    for package, m, parity in ((lab, a, {"parity": True}), (exercises, b, {})):
+        torch.manual_seed(7)
+        getattr(package, name)(m, *options, **parity)
     if case == "weight":
-        lab.pseudo_quantize_model_weight(a, 3, 128, parity=True)
-        for m in b.modules():
-            if isinstance(m, nn.Linear):
-                m.weight.data = t_quantize(m.weight.data, 3, 128)
         assert torch.equal(b.lm_head.weight, b.model.decoder.embed_tokens.weight)  # quirk 3
-    elif case == "salient":
-        lab.pseudo_quantize_model_salient_weight_fp16(a, 3, 128, mine, parity=True)
-        t_keep(b, 3, 128, feat, lambda v: torch.topk(v, int(len(v) * 0.01))[1])
-    elif case == "random":
-        torch.manual_seed(7)
-        lab.pseudo_quantize_model_random_weight_fp16(a, 3, 128, mine, parity=True)
-        torch.manual_seed(7)
-        t_keep(b, 3, 128, feat, lambda v: torch.randperm(len(v))[: int(len(v) * 0.01)])
-    elif case == "scaleup":
-        lab.pseudo_quantize_model_weight_scaleup(a, 3, 128, mine, 2.0, parity=True)
-        t_scaleup(b, 3, 128, feat, 2.0)
-    else:
-        lab.pseudo_quantize_model_weight_auto_scale(a, 3, 128, mine, parity=True)
-        t_auto_scale(b, 3, 128, feat)
     same(a, b)
 
 
@@ -210,14 +99,7 @@ def test_float16_range_is_the_exercise_s_own(scale):
     model = tiny("opt").half()
     plain = copy.deepcopy(model)
     lab.smooth_lm_by_scale(model, scale, parity=True)
-    for layer in plain.model.decoder.layers:
-        a = layer.self_attn
-        for ln, fcs in ((layer.self_attn_layer_norm, [a.q_proj, a.k_proj, a.v_proj]),
-                        (layer.final_layer_norm, [layer.fc1])):
-            for fc in fcs:
-                ln.weight.div_(scale)
-                ln.bias.div_(scale)
-                fc.weight.mul_(scale)
+    exercises.smooth_lm_by_scale(plain, scale)
     same(model, plain)
 
 

@@ -14,13 +14,41 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from . import ops
+from . import lab_rotate, ops
+from .calibrate import read_text
 from .errors import MissingCalibrationError, NonFiniteError, ShortTextError, UsageError
 from .families import decoder_layers, describe
 from .lab_rotate import *  # noqa: F403
 from .transforms.edges import Edge, apply_scale, edges
 from .transforms.scale import awq_scale
 from .transforms.smooth import smooth_scale
+
+# A star import leaves a notebook its own evaluate, get_calib_dataset and get_calib_feat, which
+# fetch their data; here data is an argument.
+__all__ = [
+    *lab_rotate.__all__,
+    "W8A8Linear",
+    "auto_scale_block",
+    "get_act_scales",
+    "get_model_size",
+    "pseudo_quantize_model_random_weight_fp16",
+    "pseudo_quantize_model_salient_weight_fp16",
+    "pseudo_quantize_model_weight",
+    "pseudo_quantize_model_weight_auto_scale",
+    "pseudo_quantize_model_weight_scaleup",
+    "pseudo_quantize_tensor",
+    "quantize_activation_per_tensor_absmax",
+    "quantize_activation_per_token_absmax",
+    "quantize_opt",
+    "quantize_weight_per_channel_absmax",
+    "quantize_weight_per_tensor_absmax",
+    "scale_fc_fc",
+    "scale_ln_fcs",
+    "smooth_lm",
+    "smooth_lm_by_scale",
+    "smooth_ln_fcs",
+    "smooth_ln_fcs_by_scale",
+]
 
 Features = dict[str, list[Tensor]]
 
@@ -414,8 +442,7 @@ def get_act_scales(
     if texts is None:
         if dataset_path is None:
             raise MissingCalibrationError("get_act_scales needs texts= or dataset_path=")
-        with open(dataset_path, encoding="utf-8") as file:
-            texts = [line for line in file.read().splitlines() if line.strip()]
+        texts = [line for line in read_text(dataset_path).splitlines() if line.strip()]
     samples = [
         tokenizer(t, return_tensors="pt", max_length=seq_len, truncation=True).input_ids
         for t, _ in zip(texts, range(num_samples), strict=False)
