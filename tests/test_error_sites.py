@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 import fewbit
 from fewbit import formats, hadamard, kv, lab, online, orthogonal, shards
-from fewbit.checkpoint import load_any, load_float, load_tokenizer
+from fewbit.checkpoint import empty_model, load_float, load_tokenizer
 from fewbit.cli import main
 from fewbit.errors import FewbitError
 from fewbit.formats import bitsandbytes, compressed_tensors, gguf, own
@@ -111,7 +111,7 @@ CASES = {
     ),
     "get_act_scales needs texts= or dataset_path=": lambda d: lab.get_act_scales(tiny("opt"), None),
     # directories
-    "is not a model directory: it has no config.json": lambda d: load_any(_bare(d)),
+    "is not a model directory: it has no config.json": lambda d: empty_model(d),
     "has no tokenizer that loads": lambda d: load_tokenizer(quantized(d)),
     "is already quantised (quant_method 'fewbit')": lambda d: load_float(quantized(d)),
     "has unknown dtype": lambda d: edit(d, lambda t: t.update(extra=torch.zeros(1).cfloat())),
@@ -167,11 +167,6 @@ def _norm(gain, bias):
 def _one(folder, name, tensor):
     (folder / "config.json").write_text("{}")
     save_file({name: tensor}, folder / "model.safetensors")
-    return folder
-
-
-def _bare(folder):
-    (_one(folder, "a", torch.zeros(2)) / "config.json").unlink()
     return folder
 
 

@@ -1,6 +1,7 @@
 """The error catalogue is whole: every raise is in it, and a user's call raises every entry."""
 
 import ast
+import importlib
 import inspect
 import json
 import re
@@ -186,6 +187,14 @@ def _(folder):
 
 
 @raises("FB600")
+def _(folder):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "fewbit._C", None)  # as if it were not built
+        patch.delattr(fewbit, "_C")
+        importlib.reload(fewbit)
+
+
+@raises("FB601")
 def _(folder):
     path = quantized(folder)
     with pytest.MonkeyPatch.context() as patch:

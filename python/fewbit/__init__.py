@@ -9,9 +9,17 @@ from __future__ import annotations
 
 import importlib
 
-import torch as _torch  # noqa: F401  (the native module needs its libraries loaded)
+import torch as _torch  # the native module needs its libraries loaded
 
-from . import _C
+try:
+    from . import _C
+except ImportError as error:
+    from .errors import InstallError
+
+    raise InstallError(
+        f"the native module does not load with torch {_torch.__version__}, which must be 2.10 or "
+        f"newer: {error}"
+    ) from error
 from . import integrations as _integrations
 
 __version__ = _C.__version__

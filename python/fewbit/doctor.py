@@ -9,11 +9,14 @@ from dataclasses import dataclass
 
 import torch
 
-from . import _C, __version__
+from . import _C, __version__, ops
 
+TORCH = (2, 10)  # the oldest that the native module runs with
 EXTRAS = {
     "transformers": ("hf", "reading and writing model directories"),
     "matplotlib": ("report", "plots"),
+    "datasets": ("data", "WikiText-2, when load_demo is given a model's name"),
+    "lm_eval": ("eval", "tasks of lm-eval"),
 }
 
 
@@ -34,9 +37,10 @@ def examine() -> list[Finding]:
     """Every finding, in the order in which a person would look."""
     found = [
         Finding("fewbit", f"{__version__}, native module {_C.__version__}"),
-        Finding("torch", f"{torch.__version__}, {torch.get_num_threads()} threads"),
+        _torch(),
         _isa(),
         _cuda(),
+        _operators(),
     ]
     for package, (extra, purpose) in EXTRAS.items():
         if importlib.util.find_spec(package) is None:
@@ -46,6 +50,14 @@ def examine() -> list[Finding]:
         else:
             found.append(Finding(package, importlib.metadata.version(package)))
     return found
+
+
+def _torch() -> Finding:
+    state = f"{torch.__version__}, {torch.get_num_threads()} threads"
+    if tuple(int(n) for n in torch.__version__.split("+")[0].split(".")[:2]) < TORCH:
+        wanted = ".".join(map(str, TORCH))
+        return Finding("torch", f"{state}: too old", f"pip install --upgrade 'torch>={wanted}'")
+    return Finding("torch", state)
 
 
 def _isa() -> Finding:
@@ -66,3 +78,14 @@ def _cuda() -> Finding:
     if _C.cuda:
         return Finding("CUDA", f"{name}, native kernels built")
     return Finding("CUDA", f"{name}: operators run as plain torch compositions")
+
+
+def _operators() -> Finding:
+    """Where each operator of fewbit.ops has a kernel of its own."""
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    native = {key: sum(has(f"fewbit::{op}", key) for op in ops.__all__) for key in ("CPU", "CUDA")}
+    return Finding(
+        "operators",
+        f"{native['CPU']} with native CPU kernels, {native['CUDA']} with CUDA kernels; "
+        "elsewhere they run as plain torch",
+    )

@@ -260,13 +260,23 @@ class TransformError(FewbitError):
     id = "FB500"
 
 
-class MissingExtraError(FewbitError, ImportError):
+class InstallError(FewbitError, ImportError):
+    """The native module does not load: it is not built, or made for another Python or torch.
+
+    Install torch 2.10 or newer, then fewbit again in the same environment; in a clone,
+    ``pip install .`` builds it. ``python -m pip list`` shows what is there.
+    """
+
+    id = "FB600"
+
+
+class MissingExtraError(InstallError):
     """An optional package is needed for this step and is not installed.
 
     Run the install command in the message; ``fewbit doctor`` lists all of them.
     """
 
-    id = "FB600"
+    id = "FB601"
 
 
 class ResumableStop(FewbitError):
