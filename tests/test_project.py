@@ -123,6 +123,14 @@ def top_level_imports(path):
             yield from (alias.name for alias in node.names)
 
 
+def test_no_module_hides_a_public_name():
+    """Importing fewbit.x sets the attribute x of the package: a function x would be gone."""
+    import fewbit
+
+    modules = {path.stem for path in PYTHON.glob("*.py")} | {p.name for p in PYTHON.iterdir()}
+    assert not modules & set(fewbit._NAMES)
+
+
 def test_transforms_and_solvers_do_not_know_each_other():
     for path in sources(PYTHON / "transforms", ".py"):
         assert not [n for n in imported(path) if "solvers" in n], path

@@ -30,7 +30,7 @@ _NAMES = {
     "restore_": "undo",
     "save": "checkpoint",
     "load": "checkpoint",
-    "convert": "convert",
+    "convert": "conversion",
     "perplexity": "evaluate",
     "Perplexity": "evaluate",
     "PackedLinear": "linear",

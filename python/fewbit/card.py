@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from string import Template
 
-from .convert import verdicts
+from .conversion import verdicts
 from .engines import Verdict
 from .report import Report
 from .shards import Shards

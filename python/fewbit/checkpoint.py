@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from . import card, formats
-from .convert import finish
+from .conversion import finish
 from .errors import (
     AlreadyQuantizedError,
     CheckpointError,

@@ -98,7 +98,7 @@ def plot_2d_layer_comparison(
     for row, layer in zip(axes, layers, strict=True):
         for axis, output, title in zip(row, (output1, output2), (title1, title2), strict=True):
             shown = output[layer].detach().float().abs().reshape(-1, output[layer].shape[-1])
-            axis.imshow(shown[slice(*seq_slice)].cpu(), aspect="auto")
+            axis.imshow(shown[slice(*seq_slice)].cpu().numpy(), aspect="auto")
             axis.set(title=f"{title}, layer {layer}", xlabel="channel", ylabel="token")
     figure.tight_layout()
     return figure

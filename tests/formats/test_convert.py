@@ -7,7 +7,7 @@ from directories import LAYERS, SHAPES, read_codes, write_model
 from strategies import random_codes, same
 
 from fewbit import formats
-from fewbit.convert import convert
+from fewbit.conversion import convert
 from fewbit.engines import Facts, validate
 from fewbit.errors import OutputError, UnsupportedError
 from fewbit.scheme import Scheme

@@ -12,7 +12,7 @@ transformers = pytest.importorskip("transformers")
 
 from fewbit import integrations  # noqa: E402
 from fewbit.checkpoint import save  # noqa: E402
-from fewbit.convert import convert  # noqa: E402
+from fewbit.conversion import convert  # noqa: E402
 from fewbit.errors import CheckpointError  # noqa: E402
 from fewbit.linear import PackedLinear  # noqa: E402
 from fewbit.shards import Shards  # noqa: E402

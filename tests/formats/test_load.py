@@ -8,7 +8,7 @@ from shared_models import quantized, tokens
 
 from fewbit import formats
 from fewbit.checkpoint import load, save
-from fewbit.convert import verdicts
+from fewbit.conversion import verdicts
 from fewbit.errors import CheckpointError, UnsupportedError
 from fewbit.families import linear_names
 from fewbit.formats.bitsandbytes import LLM_INT8

@@ -7,7 +7,7 @@ import torch
 from shared_models import quantized, tokens
 
 from fewbit.checkpoint import load, save
-from fewbit.convert import convert
+from fewbit.conversion import convert
 from fewbit.errors import UnsupportedError
 from fewbit.families import linear_names
 from fewbit.formats import WRITERS

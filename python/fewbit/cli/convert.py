@@ -22,7 +22,7 @@ def arguments(parser) -> None:
 
 
 def run(options) -> Result:
-    from ..convert import convert
+    from ..conversion import convert
 
     check_output(options.output)
     done = convert(

@@ -17,7 +17,7 @@ def arguments(parser) -> None:
 
 def run(options) -> Result:
     from .. import formats
-    from ..convert import verdicts
+    from ..conversion import verdicts
     from ..shards import Shards
     from ..stored import find
 

@@ -41,7 +41,7 @@ def arguments(parser) -> None:
 def run(options) -> Result:
     from .. import formats
     from ..checkpoint import check_fits, load, load_float, load_tokenizer, save
-    from ..convert import verdicts
+    from ..conversion import verdicts
     from ..pipeline import quantize_
     from ..shards import Shards
 
