@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# What a new user gets: the wheel with its `hf` extra alone in a fresh environment. Prints how many
-# distributions come to torch's own, then loads and continues a text from checkpoints of each kind.
+# What a new user gets: the source archive, built to a wheel, and that wheel with its `hf` extra alone
+# in a fresh environment. Prints how many distributions come to torch's own, then loads and continues
+# a text from checkpoints of each kind.
 #
 # PYTHON, TORCH_SPEC as in bootstrap.sh. Takes about two minutes, most of it torch's installation.
 set -euo pipefail
@@ -18,7 +19,8 @@ torch=$(count)
 site='import sysconfig; print(sysconfig.get_paths()["purelib"])'
 "$work/venv/bin/python" -c "$site" > "$("$work/build/bin/python" -c "$site")/torch.pth"
 install build 'scikit-build-core>=0.10' 'pybind11>=2.12' ninja 'cmake>=3.26'
-"$work/build/bin/python" -m pip wheel -q --no-deps --no-build-isolation -w "$work" .
+"$work/build/bin/python" -c "from scikit_build_core.build import build_sdist; build_sdist('$work')"
+"$work/build/bin/python" -m pip wheel -q --no-deps --no-build-isolation -w "$work" "$work"/fewbit-*.tar.gz
 install venv "$work"/fewbit-*.whl
 core=$(count)
 install venv "$(ls "$work"/fewbit-*.whl)[hf]"
