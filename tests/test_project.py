@@ -29,8 +29,7 @@ def includes(path):
 def test_top_level_holds_what_the_design_lists():
     allowed = {
         "cpp", "python", "tests", "notebooks", "scripts", "pyproject.toml", "CMakeLists.txt",
-        "README.md", "CHANGELOG.md", "LICENSE",
-        "build", "dist",
+        "README.md", "LICENSE", "build", "dist",
     }  # fmt: skip
     found = {p.name for p in ROOT.iterdir() if not p.name.startswith(".")}
     assert found <= allowed, found - allowed
