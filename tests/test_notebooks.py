@@ -26,8 +26,8 @@ CLAIMS = {
         and n["scores"]["float"] < n["scores"]["gptq"] < n["scores"]["rounding"]
     ),
     "05_rotation": lambda n: all(
-        n["ratios_after"][path][1] < before[1]
-        for path, before in n["ratios_before"].items() if "down_proj" not in path
+        n["ratios_after"][path][1] < before[1] / 5
+        for path, before in n["ratios_before"].items() if before[1] > 20
     ),
     "06_llm_int8": lambda n: (
         n["gain"][n["columns"]].median() > 5 * n["gain"][n["others"]].median()
