@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from . import ops
 from .calibrate import Windows, capture, collect
-from .errors import CalibrationError, UsageError
+from .errors import ShortTextError, UsageError
 from .evaluate import compare, log_probabilities
 from .families import Family, decoder_layers, describe
 from .linearise import linearise
@@ -55,7 +55,7 @@ def choose(
     if bits is not None and kl is not None:
         raise UsageError("auto takes a size (bits) or a quality (kl), not both")
     if len(data.batches) < 4:
-        raise CalibrationError(
+        raise ShortTextError(
             f"auto needs at least 4 calibration windows to hold one back, got {len(data.batches)}"
         )
     cut = len(data.batches) * 3 // 4
