@@ -19,7 +19,7 @@ TRANSLATED = {
     "Two commands": "74f3be06557b5df1",
     "Ten lines": "e696eb6b7ac574a4",
     "Methods": "7a044a872fb596ff",
-    "Results": "b29a91976f589281",
+    "Results": "6a1ffe1530a39cfd",
     "How it is made": "7484622a568ed580",
     "Limits, said plainly": "21993fec56c35c86",
 }
