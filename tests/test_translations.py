@@ -16,8 +16,8 @@ DOCS = ROOT / "python" / "fewbit" / "docs"
 LANGUAGES = ["ko", "zh"]
 TRANSLATED = {
     "": "1e34844191e739cb",
-    "Two commands": "74f3be06557b5df1",
-    "Ten lines": "e696eb6b7ac574a4",
+    "Two commands": "d0d71c6bc1f9a5c0",
+    "Ten lines": "a301ed95171554cc",
     "Methods": "7a044a872fb596ff",
     "Results": "6a1ffe1530a39cfd",
     "How it is made": "7484622a568ed580",
