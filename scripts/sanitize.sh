@@ -15,6 +15,9 @@ cp "$build"/cpp/_C*.so "$build/python/fewbit/"
 export LD_PRELOAD="$(g++ -print-file-name=libasan.so):$(g++ -print-file-name=libubsan.so)"
 export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1
 export PYTHONPATH="$PWD/$build/python"
-tests=(tests/test_{act_stats,dequantize,gram,hadamard,int8_mixed_linear,norm_quantize,pack}.py
-       tests/test_{pseudo_quantize,quantize,quantize_per_token,unpack,w4a16_linear,w8a8_linear}.py)
+tests=()
+for binding in cpp/bindings/*.cpp; do
+  test="tests/test_$(basename "$binding" .cpp).py"
+  if [ -f "$test" ]; then tests+=("$test"); fi
+done
 exec "$python" -m pytest -q "${tests[@]}" "$@"

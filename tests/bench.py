@@ -5,12 +5,25 @@ wrong, and bars: (label, least ratio of that contender's time to ours). Times ar
 rounds; ratios are of minima and, beside them, of medians.
 """
 
+import ctypes
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
+
+
+def reuse_memory() -> None:
+    """Let freed memory serve the next result (glibc), as in a loop over layers.
+
+    By default a large result comes from the kernel page by page at every call, which costs more
+    than the work, in torch's operators as in ours.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: no allocation of its own mapping
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: nothing goes back
 
 
 @dataclass

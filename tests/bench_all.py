@@ -1,5 +1,6 @@
 """Every kernel against its peers and the machine's limit: python tests/bench_all.py [--json F]
 
+The last lines say how much faster two threads are than one.
 Ratios are peer time / our time in one run (higher is better), minima and medians of rounds; each
 result is checked before it is timed and a wrong one ends the run with status 1. Bars are those of
 the project's targets; a missed one is printed, not an error: a busy machine decides that too.
@@ -10,11 +11,16 @@ import argparse
 import json
 import os
 import platform
+import warnings
 
 import torch
 
-from bench import Case, close
+import bench_gptq
+import bench_hadamard
+import bench_search_scale
+from bench import Case, close, reuse_memory
 from fewbit import _C, ops
+from fewbit.linear import PackedLinear
 from fewbit.ops import pack, quantize
 
 LAYERS = [(4096, 4096), (11008, 4096), (4096, 11008)]  # (out_features, in_features)
@@ -137,26 +143,20 @@ def w8a8_case(n, k, m, outliers=None):
 
 
 def copy_cases():
-    """Against copying the same bytes to a tensor that exists, and to a fresh one."""
+    """Against copying as many bytes as are read and written."""
     w = torch.randn(4096, 11008)
     q, s, z = quantize(w)
     packed = pack(q, s, z)
     codes, floats = torch.empty_like(q), torch.empty_like(w)
 
-    def copies(source, target):
-        return {"copy": lambda: target.copy_(source), "clone": source.clone}
-
-    def case(op, ours, check, source, target):
-        contenders = {"ours": ours} | copies(source, target)
-        # A fresh result pays for its page faults, as clone's does: both are told apart.
-        bars = [("copy", 1 / 1.3), ("clone", 1 / 1.3)]
-        return Case(op, "4096x11008 fp32 4 bits g128", contenders, check, bars)
+    def case(op, ours, check, source, target, shape="4096x11008 fp32 4 bits g128"):
+        contenders = {"ours": ours, "copy": lambda: target.copy_(source)}
+        return Case(op, shape, contenders, check, [("copy", 1 / 1.3)])
 
     equal = torch.testing.assert_close
     from fewbit import reference
 
     few = (w[:64], 4, 128, False, "float32")
-    # Each is compared with copying as many bytes as it reads and writes.
     yield case("pseudo_quantize", lambda: ops.pseudo_quantize(w),
                lambda: equal(ops.pseudo_quantize(*few), reference.pseudo_quantize(*few), rtol=0,
                              atol=0), w, floats)  # fmt: skip
@@ -176,10 +176,9 @@ def copy_cases():
     x = torch.randn(2048, 4096)
     target = torch.empty_like(x)[: 2048 * 5 // 8]
     want = reference.quantize_per_token(x[:64], True, None, None)[0]
-    yield Case("quantize_per_token", "2048x4096 fp32",
-               {"ours": lambda: ops.quantize_per_token(x)} | copies(x[: len(target)], target),
+    yield case("quantize_per_token", lambda: ops.quantize_per_token(x),
                lambda: equal(ops.quantize_per_token(x[:64])[0], want, rtol=0, atol=0),
-               [("copy", 1 / 1.3)])  # fmt: skip
+               x[: len(target)], target, "2048x4096 fp32")  # fmt: skip
 
 
 def statistics_cases():
@@ -204,9 +203,32 @@ def statistics_cases():
                check_stats, [("read", 1 / 1.3)])  # fmt: skip
 
 
-def overhead_case():
-    w, x = torch.randn(16, 16), torch.randn(16, 16)
-    packed = pack(*quantize(w, 4, 16), 4, 16)
+def overhead_cases():
+    """A call of 16x16 beside torch's linear; for modules, beside nn.Linear. In units of 1000."""
+    w, x, g = torch.randn(16, 16), torch.randn(16, 16), torch.zeros(16, 16)
+    codes = quantize(w, 4, 16)
+    packed, bytes_ = pack(*codes, 4, 16), pack(*quantize(w, 8, -1, True), 8, -1)
+    one, total, top = torch.ones(16), torch.zeros(16, dtype=torch.float64), torch.zeros(16)
+    calls = {
+        "quantize": lambda: quantize(w, 4, 16),
+        "dequantize": lambda: ops.dequantize(*codes, 16),
+        "pseudo_quantize": lambda: ops.pseudo_quantize(w, 4, 16),
+        "pack": lambda: pack(*codes, 4, 16),
+        "unpack": lambda: ops.unpack(*packed, 16, 16, 4, 16),
+        "quantize_per_token": lambda: ops.quantize_per_token(x),
+        "norm_quantize": lambda: ops.norm_quantize(x, one),
+        "act_stats": lambda: ops.act_stats(x, total, top),
+        "gram": lambda: ops.gram(x, g),
+        "hadamard": lambda: ops.hadamard(x),
+        "w4a16_linear": lambda: ops.w4a16_linear(x, *packed, None, 16, 4, 16),
+        "w4a8_linear": lambda: ops.w8a8_linear(x, *packed, None, 16, 4, 16),
+        "w8a8_linear": lambda: ops.w8a8_linear(x, *bytes_, None, 16),
+        "int8_mixed_linear": lambda: ops.int8_mixed_linear(x, *bytes_, None, 16),
+    }
+    layer = torch.nn.Linear(16, 16)
+    module = PackedLinear.from_linear(layer, "w4a16g128")
+    pairs = {op: (call, lambda: torch.nn.functional.linear(x, w)) for op, call in calls.items()}
+    pairs["PackedLinear"] = (lambda: module(x), lambda: layer(x))
 
     def many(f):
         def run():
@@ -214,32 +236,59 @@ def overhead_case():
                 f()
         return run
 
-    contenders = {
-        "ours": many(lambda: ops.w4a16_linear(x, *packed, None, 16, 4, 16)),
-        "torch fp32": many(lambda: torch.nn.functional.linear(x, w)),
-    }
-    return Case("call overhead", "1000 calls of 16x16", contenders, lambda: None, [],
-                "bar: at most 5 us above torch: 1 ms is 1 us a call")  # fmt: skip
+    for op, (ours, theirs) in pairs.items():
+        contenders = {"ours": many(ours), "torch": many(theirs)}
+        yield Case(op, "1000 calls of 16x16", contenders, lambda: None, [], OVERHEAD)
+
+
+OVERHEAD = "bar: at most 5 ms (5 us a call) above torch"
+
+
+def solver_results(only):
+    """The solver and the search of one 4096 x 4096 layer; bars are of ours to eager torch."""
+    found = []
+    for op, measure, bar in (
+        ("gptq solve", lambda: bench_gptq.speed(repeats=1)["ratio"], 1 / 3),
+        ("awq search", lambda: bench_search_scale.main(repeats=1)["ratio"], 1 / 6),
+    ):
+        if only in op:
+            ratio = measure()
+            missed = "" if ratio <= bar else ", MISSED"
+            print(f"{op:21} {ratio:.3f} of eager (bar {bar:.3f}{missed})", flush=True)
+            threads = torch.get_num_threads()
+            found.append({"op": op, "threads": threads, "of eager": ratio, "bar": bar})
+    return found
+
+
+def print_scaling(results):
+    """Time on one thread over time on two; the bar is for ops bound by arithmetic."""
+    least = {(r["op"], r["shape"], r["threads"]): r["min_ms"]["ours"]
+             for r in results if "shape" in r and "1000 calls" not in r["shape"]}  # fmt: skip
+    for (op, shape, threads), time in least.items():
+        if threads == 2 and (op, shape, 1) in least:
+            print(f"2 threads: {least[op, shape, 1] / time:.2f}x  {op} {shape}")
 
 
 def cases(quick):
+    def weights(op, n, k, m, bits=4):
+        return op, lambda: weight_cases(op, n, k, m, bits)
+
     for n, k in LAYERS[:1] if quick else LAYERS:
-        yield lambda n=n, k=k: weight_cases("w4a16_linear", n, k, 1)
-        yield lambda n=n, k=k: weight_cases("w4a8_linear", n, k, 1)
+        yield weights("w4a16_linear", n, k, 1)
+        yield weights("w4a8_linear", n, k, 1)
     for m in (2, 4, 8, 16, 32, 64, 512):
-        yield lambda m=m: weight_cases("w4a16_linear", 4096, 4096, m)
+        yield weights("w4a16_linear", 4096, 4096, m)
     for m in (16, 512):
-        yield lambda m=m: weight_cases("w4a8_linear", 4096, 4096, m)
+        yield weights("w4a8_linear", 4096, 4096, m)
     if not quick:
         for bits in (2, 3, 8):
             for m in (1, 16, 512):
-                yield lambda m=m, bits=bits: weight_cases("w4a16_linear", 4096, 4096, m, bits)
+                yield weights("w4a16_linear", 4096, 4096, m, bits)
     for m in (1, 16, 512):
-        yield lambda m=m: w8a8_case(4096, 4096, m)
+        yield "w8a8_linear", lambda m=m: w8a8_case(4096, 4096, m)
     for outliers in (0, 6, 64):
         for m in (1, 512):
-            yield lambda m=m, outliers=outliers: w8a8_case(4096, 4096, m, outliers)
-    yield overhead_case
+            yield "int8_mixed_linear", lambda m=m, o=outliers: w8a8_case(4096, 4096, m, o)
 
 
 @torch.no_grad()
@@ -251,23 +300,28 @@ def main():
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--quick", action="store_true", help="fewer shapes")
     a = parser.parse_args()
+    warnings.filterwarnings("ignore", category=DeprecationWarning)  # torch.ao is the peer
+    reuse_memory()
     results = []
     for threads in map(int, a.threads.split(",")):
         torch.set_num_threads(threads)
         print(f"# {_C.isa()}, {threads} threads, load {os.getloadavg()[0]:.1f}", flush=True)
-        made = [c for c in cases(a.quick)]
-        for make in made:
-            case = make()
-            if a.only in case.op:
+        for op, make in cases(a.quick):
+            if a.only in op:
+                case = make()
                 case.run(a.rounds)
                 print(case.line(), flush=True)
                 results.append(case.result)
-        for group in (copy_cases, statistics_cases):
+        groups = (copy_cases, statistics_cases, bench_hadamard.cases, overhead_cases)
+        for group in groups:
             for case in group():
                 if a.only in case.op:
                     case.run(a.rounds)
                     print(case.line(), flush=True)
                     results.append(case.result)
+        if not a.quick:
+            results += solver_results(a.only)
+    print_scaling(results)
     if a.json:
         machine = {"isa": _C.isa(), "cpu": platform.processor(), "load": os.getloadavg()[0]}
         with open(a.json, "w") as f:

@@ -3,6 +3,8 @@
 Hidden 2048, 16 layers, ffn 5632, 8 of 16 heads for keys, vocabulary 32000: 0.82 G weights in linear
 layers, the head included. Prefill of 128 tokens, then greedy decoding, in float32, bfloat16, W4A16
 and W4A8 (group 128).
+llama.cpp (packages xllamacpp and gguf, left out where they are missing) runs the same shapes in its
+Q4_0, blocks at random.
 Bars: W4A16 decode >= 6 x float32 and >= 2 x bfloat16, prefill >= float32. The packed model's logits
 are checked against the float model with the same quantised weights first.
 """
@@ -10,6 +12,7 @@ are checked against the float model with the same quantised weights first.
 import argparse
 import json
 import os
+import tempfile
 import time
 
 import torch
@@ -78,6 +81,82 @@ def speed(model, prompt, tokens, repeats):
     return {"prefill": best[0], "decode": best[1]}
 
 
+def write_gguf(path, shape):
+    """A file of Q4_0 blocks at random: 16 bytes of codes behind a float16 scale each."""
+    import gguf
+    import numpy as np
+
+    random = np.random.default_rng(0)
+    writer = gguf.GGUFWriter(path, "llama")
+    hidden, ffn, vocab = shape["hidden_size"], shape["intermediate_size"], shape["vocab_size"]
+    heads, kv_heads = shape["num_attention_heads"], shape["num_key_value_heads"]
+    writer.add_context_length(shape["max_position_embeddings"])
+    writer.add_embedding_length(hidden)
+    writer.add_block_count(shape["num_hidden_layers"])
+    writer.add_feed_forward_length(ffn)
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(kv_heads)
+    writer.add_rope_dimension_count(hidden // heads)
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q4_0)
+    writer.add_tokenizer_model("llama")
+    control = ["<unk>", "<s>", "</s>"]
+    letters = [f"<0x{i:02X}>" for i in range(256)]
+    words = [f"w{i}" for i in range(vocab - len(control) - len(letters))]
+    writer.add_token_list(control + letters + words)
+    writer.add_token_scores([0.0] * vocab)
+    writer.add_token_types([2, 3, 3] + [6] * len(letters) + [1] * len(words))
+
+    def add(name, rows, columns):
+        blocks = random.integers(0, 256, (rows, columns // 32, 18), dtype=np.uint8)
+        blocks[:, :, :2] = np.frombuffer(np.float16(0.005).tobytes(), np.uint8)
+        data = blocks.reshape(rows, -1)
+        writer.add_tensor(name, data, raw_dtype=gguf.GGMLQuantizationType.Q4_0)
+
+    add("token_embd.weight", vocab, hidden)
+    add("output.weight", vocab, hidden)
+    writer.add_tensor("output_norm.weight", np.ones(hidden, np.float32))
+    narrow = hidden // heads * kv_heads
+    for i in range(shape["num_hidden_layers"]):
+        for name, rows, columns in (
+            ("attn_q", hidden, hidden), ("attn_k", narrow, hidden), ("attn_v", narrow, hidden),
+            ("attn_output", hidden, hidden), ("ffn_gate", ffn, hidden), ("ffn_up", ffn, hidden),
+            ("ffn_down", hidden, ffn),
+        ):  # fmt: skip
+            add(f"blk.{i}.{name}.weight", rows, columns)
+        for name in ("attn_norm", "ffn_norm"):
+            writer.add_tensor(f"blk.{i}.{name}.weight", np.ones(hidden, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def llama_cpp(shape, prompt, tokens, repeats, threads):
+    """llama.cpp's own timings; None where its packages are missing."""
+    try:
+        import gguf  # noqa: F401
+        import xllamacpp
+    except ImportError as error:
+        print(f"llama.cpp left out: {error} (pip install xllamacpp gguf)")
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "random.gguf")
+        write_gguf(path, shape)
+        params = xllamacpp.CommonParams()
+        params.model.path = path
+        params.n_ctx = 512
+        params.n_parallel = 1
+        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
+        params.warmup = False
+        server = xllamacpp.Server(params)
+        request = {"prompt": prompt[0].tolist(), "max_tokens": tokens, "ignore_eos": True,
+                   "cache_prompt": False, "temperature": 0.0}  # fmt: skip
+        found = [server.handle_completions(request)["timings"] for _ in range(repeats)]
+        return {"prefill": max(t["prompt_per_second"] for t in found),
+                "decode": max(t["predicted_per_second"] for t in found)}  # fmt: skip
+
+
 @torch.inference_mode()
 def check():
     ids = torch.arange(9)[None]
@@ -102,8 +181,10 @@ def main():
     found = {}
 
     def measure(label, model):
-        found[label] = speed(model, prompt, a.tokens, a.repeats)
-        rate = found[label]
+        report(label, speed(model, prompt, a.tokens, a.repeats))
+
+    def report(label, rate):
+        found[label] = rate
         print(f"{label:12} prefill {rate['prefill']:7.1f}  decode {rate['decode']:6.2f} tok/s",
               flush=True)  # fmt: skip
 
@@ -116,14 +197,23 @@ def main():
     model = build(SHAPE, torch.bfloat16)
     measure("bf16", model)
     measure("W4A16 bf16", pack(model, "w4a16g128"))
+    del model
+    peer = llama_cpp(SHAPE, prompt, a.tokens, a.repeats, a.threads)
+    if peer:
+        report("llama.cpp", peer)
     best = max(found["W4A16 fp32"]["decode"], found["W4A16 bf16"]["decode"])
     ratios = {
         "decode / fp32 (bar 6)": found["W4A16 fp32"]["decode"] / found["fp32"]["decode"],
         "decode / bf16 (bar 2)": best / found["bf16"]["decode"],
         "prefill / fp32 (bar 1)": found["W4A16 fp32"]["prefill"] / found["fp32"]["prefill"],
     }
+    if peer:
+        ratios |= {
+            "decode / llama.cpp (goal 1)": best / peer["decode"],
+            "W4A8 prefill / llama.cpp (goal 1)": found["W4A8 fp32"]["prefill"] / peer["prefill"],
+        }
     for name, ratio in ratios.items():
-        print(f"{name:24} {ratio:.2f}")
+        print(f"{name:34} {ratio:.2f}")
     if a.json:
         with open(a.json, "w") as f:
             json.dump({"isa": _C.isa(), "threads": a.threads, "tok/s": found, "ratios": ratios}, f)

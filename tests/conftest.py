@@ -12,6 +12,27 @@ ROOT = Path(__file__).resolve().parent.parent
 SHARED = Path(os.environ.get("FEWBIT_SHARED", ROOT.parent / "shared"))
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--nan-fill",
+        action="store_true",
+        help="torch fills fresh memory with NaN, so that a result left unset is seen",
+    )
+
+
+@pytest.fixture(autouse=True)
+def nan_fill(request):
+    if not request.config.getoption("--nan-fill"):
+        yield
+        return
+    before = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.utils.deterministic.fill_uninitialized_memory = before
+
+
 @pytest.fixture(params=_C.available_isas())
 def isa(request):
     """Runs the test once per instruction set that this machine has."""

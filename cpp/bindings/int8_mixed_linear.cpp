@@ -71,19 +71,20 @@ Tensor int8_mixed_linear(const Tensor& x, const Tensor& packed, const Tensor& sc
 
   Tensor out = empty({m, l.rows}, x.scalar_type());
   if (m == 0 || l.rows == 0) return out;
-  const Scratch<float, float> floats(m * count, count ? m * l.panels() * panel_rows : 0);
-  const OutlierProduct product{floats.get<0>(),
+  std::optional<Scratch<float, float>> floats;
+  if (count > 0) floats.emplace(m * count, m * l.panels() * panel_rows);
+  const OutlierProduct product{floats ? floats->get<0>() : nullptr,
                                outlier,
                                data<uint32_t>(w.words),
                                w.scale.const_data_ptr(),
                                data<uint8_t>(w.zero_point),
-                               floats.get<1>(),
+                               floats ? floats->get<1>() : nullptr,
                                w.scale_dtype,
                                m,
                                count,
                                l};
   if (count > 0)
-    run(OutlierGather{in.const_data_ptr(), outlier, floats.get<0>(), dtype, m, columns, count},
+    run(OutlierGather{in.const_data_ptr(), outlier, floats->get<0>(), dtype, m, columns, count},
         grain_for(count));
   quantize_tokens(in, true, std::nullopt, std::nullopt, count > 0 ? flag : nullptr,
                   scratch.get<3>(), scratch.get<4>(), scratch.get<5>());
