@@ -19,8 +19,8 @@ TRANSLATED = {
     "Two commands": "d0d71c6bc1f9a5c0",
     "Ten lines": "a301ed95171554cc",
     "Methods": "7a044a872fb596ff",
-    "Results": "2a2e69d0728e584a",
-    "How it is made": "7484622a568ed580",
+    "Results": "25d03cc5c9188805",
+    "How it is made": "4a9ddcd14bec3799",
     "Limits, said plainly": "21993fec56c35c86",
 }
 

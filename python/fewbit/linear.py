@@ -47,7 +47,7 @@ class PackedLinear(nn.Module):
         return cls(codes, scheme, linear.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        flat = x.reshape(-1, self.in_features)
+        flat = x if x.dim() == 2 else x.reshape(-1, self.in_features)
         out = ops.w4a16_linear(
             flat,
             self.packed,
@@ -58,7 +58,7 @@ class PackedLinear(nn.Module):
             self.stored_bits,
             self.scheme.group_size,
         )
-        return out.reshape(*x.shape[:-1], self.out_features)
+        return out if x.dim() == 2 else out.reshape(*x.shape[:-1], self.out_features)
 
     def codes(self) -> Codes:
         """The canonical form, for checkpoints and inspection."""
@@ -140,7 +140,7 @@ class Int8Linear(PackedLinear):
         self.register_buffer("code_sum", sums, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        flat = x.reshape(-1, self.in_features)
+        flat = x if x.dim() == 2 else x.reshape(-1, self.in_features)
         x_scale = self.x_scale
         if self.scheme.activations == "tensor" and flat.shape[0]:
             tiny = torch.finfo(torch.float32).tiny
@@ -159,7 +159,7 @@ class Int8Linear(PackedLinear):
             self.x_zero_point,
             self.code_sum,
         )
-        return out.reshape(*x.shape[:-1], self.out_features)
+        return out if x.dim() == 2 else out.reshape(*x.shape[:-1], self.out_features)
 
 
 class MixedInt8Linear(PackedLinear):
@@ -191,7 +191,7 @@ class MixedInt8Linear(PackedLinear):
         self.register_buffer("kept_weight", kept_weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        flat = x.reshape(-1, self.in_features)
+        flat = x if x.dim() == 2 else x.reshape(-1, self.in_features)
         out = ops.int8_mixed_linear(
             flat,
             self.packed,
@@ -205,4 +205,4 @@ class MixedInt8Linear(PackedLinear):
             self.kept,
             self.kept_weight,
         )
-        return out.reshape(*x.shape[:-1], self.out_features)
+        return out if x.dim() == 2 else out.reshape(*x.shape[:-1], self.out_features)
