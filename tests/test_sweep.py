@@ -1,8 +1,8 @@
 """Every packed product on every small shape: M, N, K around each width of unit, vector and panel.
 
 The default run draws a sample; `pytest -m slow tests/test_sweep.py` takes every combination of
-shape, bits, group and type: half a minute to some minutes for an operator and an M, above an hour in
-all; `-k "w4a16_linear-17]"` takes one of them.
+shape, bits, group and type: half a minute to some minutes for an operator and an M, above an hour
+in all; `-k "w4a16_linear-17]"` takes one of them.
 """
 
 import itertools
