@@ -6,6 +6,7 @@ import pytest
 import torch
 from shared_models import quantized, tokens
 
+from fewbit import integrations
 from fewbit.checkpoint import load, save
 from fewbit.conversion import convert
 from fewbit.errors import UnsupportedError
@@ -115,6 +116,20 @@ def test_saving_refuses_what_a_format_would_lose(shared, tmp_path):
     assert "outlier columns" in done.notes[0]
     assert isinstance(next(_packed(load(tmp_path / "a"))), MixedInt8Linear)
     assert isinstance(next(_packed(load(tmp_path / "b"))), Int8Linear)
+
+
+@pytest.mark.parametrize(
+    "scheme, threshold", [(w8a8("static", False), None), (w8a8("tensor"), None), (w8a8(), 2.0)]
+)
+def test_save_pretrained_of_a_live_model_loses_nothing(shared, tmp_path, scheme, threshold):
+    model = quantized(shared / "models" / "llama-tiny", scheme, torch.float32, threshold)
+    integrations.attach(model)
+    want = model(tokens()).logits
+    model.save_pretrained(tmp_path / "a")
+    loaded = load(tmp_path / "a")
+    assert torch.equal(loaded(tokens()).logits, want)
+    loaded.save_pretrained(tmp_path / "b")
+    assert torch.equal(load(tmp_path / "b")(tokens()).logits, want)
 
 
 def _packed(model):
