@@ -3,7 +3,7 @@
 # Arguments go to pytest: bash scripts/test.sh -k hadamard
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-bash scripts/bootstrap.sh
+FEWBIT_CUDA="${FEWBIT_CUDA:-EMULATE}" bash scripts/bootstrap.sh  # CUDA kernels on the CPU
 venv="${FEWBIT_VENV:-.venv}"
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 # More threads than cores make OpenMP spin: leave the machine's number, but let waiting threads sleep.

@@ -1,6 +1,6 @@
 #include "fewbit/act_stats.h"
 
-#include "common.h"
+#include "cuda.h"
 
 namespace fewbit::bindings {
 
@@ -13,16 +13,19 @@ void act_stats(const Tensor& x, Tensor sum_abs, Tensor max_abs) {
   check_shape(max_abs, {channels}, "max_abs");
   check(sum_abs.is_contiguous() && max_abs.is_contiguous(),
         "sum_abs and max_abs must be contiguous: they are updated in place");
+  check_beside(x, sum_abs, "sum_abs");
+  check_beside(x, max_abs, "max_abs");
   const DType dtype = dtype_of(x, "x");
   const Tensor in = dense(x);
-  run(ActStats{in.const_data_ptr(), mutable_data<double>(sum_abs), mutable_data<float>(max_abs),
-               dtype, tokens, channels},
-      grain_for(tokens * ActStats::block));
+  run_on(x,
+         ActStats{in.const_data_ptr(), mutable_data<double>(sum_abs), mutable_data<float>(max_abs),
+                  dtype, tokens, channels},
+         "act_stats", grain_for(tokens * ActStats::block));
 }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fewbit, m) {
   m.def("act_stats(Tensor x, Tensor(a!) sum_abs, Tensor(b!) max_abs) -> ()");
 }
-STABLE_TORCH_LIBRARY_IMPL(fewbit, CPU, m) { m.impl("act_stats", TORCH_BOX(&act_stats)); }
+FEWBIT_OP(act_stats)
 
 }  // namespace fewbit::bindings

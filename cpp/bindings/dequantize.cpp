@@ -1,6 +1,6 @@
 #include "fewbit/dequantize.h"
 
-#include "common.h"
+#include "cuda.h"
 
 namespace fewbit::bindings {
 
@@ -15,14 +15,17 @@ Tensor dequantize(const Tensor& q, const Tensor& scale, const Tensor& zero_point
   check_shape(scale, {rows, groups}, "scale");
   check_shape(zero_point, {rows, groups}, "zero_point");
   dtype_of(scale, "scale");
+  check_beside(q, scale, "scale");
+  check_beside(q, zero_point, "zero_point");
   const DType type = dtype_named(dtype, "dtype");
   const Tensor in = dense(q), zeros = dense(zero_point);
   const Tensor scales = as_float(scale);
-  Tensor out = empty({rows, columns}, scalar_type(type));
-  run(Dequantize{data<uint8_t>(in), data<float>(scales), data<uint8_t>(zeros),
-                 out.mutable_data_ptr(), type, rows, columns, group, groups,
-                 past_caches(out, columns * size_of(type), group * size_of(type))},
-      grain_for(columns));
+  Tensor out = empty_on(q, {rows, columns}, scalar_type(type));
+  run_on(q,
+         Dequantize{data<uint8_t>(in), data<float>(scales), data<uint8_t>(zeros),
+                    out.mutable_data_ptr(), type, rows, columns, group, groups,
+                    past_caches(out, columns * size_of(type), group * size_of(type))},
+         "dequantize", grain_for(columns));
   return out;
 }
 
@@ -31,6 +34,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fewbit, m) {
       "dequantize(Tensor q, Tensor scale, Tensor zero_point, int group_size, str dtype)"
       " -> Tensor");
 }
-STABLE_TORCH_LIBRARY_IMPL(fewbit, CPU, m) { m.impl("dequantize", TORCH_BOX(&dequantize)); }
+FEWBIT_OP(dequantize)
 
 }  // namespace fewbit::bindings

@@ -2,7 +2,7 @@
 
 #include <vector>
 
-#include "common.h"
+#include "cuda_product.h"
 #include "grid_args.h"
 
 namespace fewbit::bindings {
@@ -91,9 +91,11 @@ std::tuple<Tensor, Tensor, Tensor> gptq(const Tensor& w, const Tensor& c, int64_
     check_dtype(*order, ScalarType::Long, "order");
     check_shape(*order, {columns}, "order");
     at = dense(*order);
-    check_order(data<int64_t>(*at), columns, group, group_fit == GroupFit::in_order);
+    if (!at->is_cuda())  // to look at it would wait for the card
+      check_order(data<int64_t>(*at), columns, group, group_fit == GroupFit::in_order);
   }
-  Tensor s = empty({rows, groups}, ScalarType::Float), z = empty({rows, groups}, ScalarType::Byte);
+  Tensor s = empty_on(w, {rows, groups}, ScalarType::Float);
+  Tensor z = empty_on(w, {rows, groups}, ScalarType::Byte);
   if (scale) {
     check_shape(*scale, {rows, groups}, "scale");
     check_dtype(*zero_point, ScalarType::Byte, "zero_point");
@@ -101,7 +103,41 @@ std::tuple<Tensor, Tensor, Tensor> gptq(const Tensor& w, const Tensor& c, int64_
     torch::stable::copy_(s, *scale);
     torch::stable::copy_(z, *zero_point);
   }
-  Tensor q = empty({rows, columns}, ScalarType::Byte);
+  Tensor q = empty_on(w, {rows, columns}, ScalarType::Byte);
+#if FEWBIT_WITH_CUDA
+  if (architecture_of(w) != 0) {
+    check_beside(w, c, "c");
+    if (weights) check_beside(w, *weights, "importance");
+    if (at) check_beside(w, *at, "order");
+    const Tensor in = dense(w), coefficients = dense(c);
+    cuda::GptqRows a{};
+    a.w = in.const_data_ptr();
+    a.dtype = dtype_of(w, "w");
+    a.rows = rows;
+    a.columns = columns;
+    a.group_size = group;
+    a.groups = groups;
+    a.points = points;
+    a.fit = group_fit;
+    a.grid = grid;
+    if (wide || !cuda::serves(a))
+      return call_plain<3>("fewbit_plain::gptq", w, c, bits, group_size, symmetric, scale_dtype,
+                           fit, points, importance, order, scale, zero_point, block);
+    Tensor targets = empty_on(w, {rows, columns}, ScalarType::Float);
+    Tensor errors = empty_on(w, {rows, cuda::gptq_block}, ScalarType::Float);
+    a.c = data<float>(coefficients);
+    a.importance = weights ? data<float>(*weights) : nullptr;
+    a.order = at ? data<int64_t>(*at) : nullptr;
+    a.targets = mutable_data<float>(targets);
+    a.errors = mutable_data<float>(errors);
+    a.q = mutable_data<uint8_t>(q);
+    a.scale = mutable_data<float>(s);
+    a.zero_point = mutable_data<uint8_t>(z);
+    run_cuda(w, a, "gptq");
+    if (grid.scale_dtype != DType::f32) s = torch::stable::to(s, scalar_type(grid.scale_dtype));
+    return {q, s, z};
+  }
+#endif
   const auto solve_as = wide ? solve<double> : solve<float>;
   solve_as(dense(w), dense(c), weights, at, q, s, z, group, block, points, group_fit, grid);
   if (grid.scale_dtype != DType::f32)  // exact: the kernel has rounded
@@ -116,6 +152,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fewbit, m) {
       "block)"
       " -> (Tensor q, Tensor scale, Tensor zero_point)");
 }
-STABLE_TORCH_LIBRARY_IMPL(fewbit, CPU, m) { m.impl("gptq", TORCH_BOX(&gptq)); }
+FEWBIT_OP(gptq)
 
 }  // namespace fewbit::bindings

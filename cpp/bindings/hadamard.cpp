@@ -3,7 +3,7 @@
 #include <cmath>
 #include <vector>
 
-#include "common.h"
+#include "cuda_product.h"
 
 namespace fewbit::bindings {
 
@@ -18,6 +18,41 @@ std::vector<float> plus_minus(const Tensor& t, const char* name) {
 }
 
 }  // namespace
+
+#if FEWBIT_WITH_CUDA
+// Values of the signs are not looked at: that would wait for the card.
+static Tensor hadamard_on_cuda(const Tensor& x, const std::optional<Tensor>& base,
+                               const std::optional<Tensor>& signs, int64_t m, int k, double scale) {
+  const int64_t rows = x.size(0), width = x.size(1);
+  if (cuda::hadamard_bytes(width) > cuda::shared_memory(x.is_cuda() ? x.get_device_index() : 0))
+    return call_plain("fewbit_plain::hadamard", x, base, signs);
+  const Tensor in = dense(x);
+  Tensor y = empty_on(x, {rows, width}, x.scalar_type()), flips, matrix;
+  if (signs) {
+    check_shape(*signs, {width}, "signs");
+    check_dtype(*signs, ScalarType::Char, "signs");
+    check_beside(x, *signs, "signs");
+    flips = dense(*signs);
+  }
+  bool exact = false;
+  if (base) {
+    check_beside(x, *base, "base");
+    matrix = dense(*base);
+    exact = matrix.scalar_type() == ScalarType::Char;
+    check(exact || matrix.scalar_type() == ScalarType::Float,
+          "base must be int8 (+1, -1) or float32, got ",
+          torch::headeronly::toString(matrix.scalar_type()));
+    if (exact) scale /= std::sqrt(double(m));
+  }
+  run_cuda(x,
+           cuda::HadamardRows{in.const_data_ptr(), signs ? data<int8_t>(flips) : nullptr,
+                              exact ? data<int8_t>(matrix) : nullptr,
+                              base && !exact ? data<float>(matrix) : nullptr, y.mutable_data_ptr(),
+                              dtype_of(x, "x"), rows, m, k, float(scale)},
+           "hadamard");
+  return y;
+}
+#endif
 
 Tensor hadamard(const Tensor& x, std::optional<Tensor> base, std::optional<Tensor> signs) {
   check_matrix(x, "x", "[rows, width]");
@@ -37,6 +72,11 @@ Tensor hadamard(const Tensor& x, std::optional<Tensor> base, std::optional<Tenso
   check((n & (n - 1)) == 0, "the width must be m 2^k, got ", width, " = ", m, " x ", n);
   int k = 0;
   while (int64_t(1) << k < n) ++k;
+  double scale = 1.0 / std::sqrt(double(n));
+#if FEWBIT_WITH_CUDA
+  if (const int card = architecture_of(x); card != 0)
+    return hadamard_on_cuda(x, base, signs, m, k, scale);
+#endif
   std::vector<float> flips;
   if (signs) {
     check_shape(*signs, {width}, "signs");
@@ -44,7 +84,6 @@ Tensor hadamard(const Tensor& x, std::optional<Tensor> base, std::optional<Tenso
     flips = plus_minus(s, "signs");
   }
 
-  double scale = 1.0 / std::sqrt(double(n));
   std::vector<uint8_t> patterns;
   std::vector<float> ones;
   Tensor b;
@@ -81,6 +120,6 @@ Tensor hadamard(const Tensor& x, std::optional<Tensor> base, std::optional<Tenso
 STABLE_TORCH_LIBRARY_FRAGMENT(fewbit, m) {
   m.def("hadamard(Tensor x, Tensor? base, Tensor? signs) -> Tensor");
 }
-STABLE_TORCH_LIBRARY_IMPL(fewbit, CPU, m) { m.impl("hadamard", TORCH_BOX(&hadamard)); }
+FEWBIT_OP(hadamard)
 
 }  // namespace fewbit::bindings

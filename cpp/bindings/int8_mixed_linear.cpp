@@ -2,8 +2,7 @@
 
 #include <algorithm>
 
-#include "common.h"
-#include "packed_linear.h"
+#include "cuda_product.h"
 #include "per_token_args.h"
 
 namespace fewbit::bindings {
@@ -25,6 +24,70 @@ void each_column(const Tensor& list, const char* name, int64_t columns, const Ea
 
 }  // namespace
 
+#if FEWBIT_WITH_CUDA
+// The list of outliers never leaves the card, so that nothing waits for it: columns out of range
+// are passed over, and the float product runs over however many there are.
+static Tensor mixed_on_cuda(const Tensor& x, const Weight& w, cuda::PackedProduct a,
+                            float threshold, const std::optional<Tensor>& outliers,
+                            const std::optional<Tensor>& kept,
+                            const std::optional<Tensor>& kept_weight) {
+  const PackedLayout& l = w.layout;
+  const auto columns_of = [&](const Tensor& list, const char* name) {
+    check_dtype(list, ScalarType::Long, name);
+    check(list.dim() == 1, name, " must be a list of columns, got shape ", shape_of(list));
+    check_beside(x, list, name);
+    return dense(list);
+  };
+  Tensor flag = empty_on(x, {l.columns}, ScalarType::Byte);
+  if (outliers) {
+    const Tensor list = columns_of(*outliers, "outliers");
+    run_cuda(x,
+             cuda::ColumnPlaces{data<int64_t>(list), nullptr, mutable_data<uint8_t>(flag),
+                                list.size(0), l.columns},
+             "int8_mixed_linear");
+  } else {
+    run_cuda(x,
+             OutlierColumns{x.const_data_ptr(), mutable_data<uint8_t>(flag), threshold, a.dtype,
+                            a.m, l.columns},
+             "int8_mixed_linear");
+  }
+  std::optional<Tensor> kept_row, float_columns;
+  if (kept) {
+    const Tensor list = columns_of(*kept, "kept");
+    check_shape(*kept_weight, {list.size(0), l.rows}, "kept_weight");
+    check_dtype(*kept_weight, ScalarType::Float, "kept_weight");
+    check_beside(x, *kept_weight, "kept_weight");
+    float_columns = dense(*kept_weight);
+    kept_row = empty_on(x, {l.columns}, ScalarType::Int);
+    run_cuda(x,
+             cuda::ColumnPlaces{data<int64_t>(list), mutable_data<int32_t>(*kept_row), nullptr,
+                                list.size(0), l.columns},
+             "int8_mixed_linear");
+  }
+  Tensor list = empty_on(x, {1 + l.columns}, ScalarType::Int);
+  Tensor add = empty_on(x, {a.m, l.rows}, ScalarType::Float);
+  run_cuda(x,
+           cuda::OutlierProductRows{
+               x.const_data_ptr(), data<uint8_t>(flag), mutable_data<int32_t>(list),
+               kept ? data<int32_t>(*kept_row) : nullptr,
+               kept ? data<float>(*float_columns) : nullptr, a.packed, a.scale, a.zero_point,
+               mutable_data<float>(add), a.dtype, a.scale_dtype, a.m, l},
+           "int8_mixed_linear");
+  Tensor q = empty_on(x, {a.m, l.columns}, ScalarType::Char);
+  Tensor q_scale = empty_on(x, {a.m}, ScalarType::Float);
+  Tensor q_zero = empty_on(x, {a.m}, ScalarType::Int);
+  quantize_tokens(x, true, std::nullopt, std::nullopt, data<uint8_t>(flag), mutable_data<int8_t>(q),
+                  mutable_data<float>(q_scale), mutable_data<int32_t>(q_zero));
+  Tensor out = empty_on(x, {a.m, l.rows}, x.scalar_type());
+  a.x = q.const_data_ptr();
+  a.x_scale = data<float>(q_scale);
+  a.add = data<float>(add);
+  a.out = out.mutable_data_ptr();
+  run_product(x, a, "int8_mixed_linear");
+  return out;
+}
+#endif
+
 Tensor int8_mixed_linear(const Tensor& x, const Tensor& packed, const Tensor& scale,
                          const Tensor& zero_point, std::optional<Tensor> bias, int64_t out_features,
                          int64_t group_size, double threshold, std::optional<Tensor> outliers,
@@ -39,6 +102,16 @@ Tensor int8_mixed_linear(const Tensor& x, const Tensor& packed, const Tensor& sc
   check(bool(kept) == bool(kept_weight), "kept and kept_weight come together");
 
   const Tensor in = dense(x);
+#if FEWBIT_WITH_CUDA
+  if (const int card = architecture_of(x); card != 0) {
+    cuda::PackedProduct a = product_of(in, w, dtype);
+    a.codes = true;
+    if (m == 0 || l.rows == 0 || !cuda::serves(a, card))
+      return call_plain("fewbit_plain::int8_mixed_linear", x, packed, scale, zero_point, bias,
+                        out_features, group_size, threshold, outliers, kept, kept_weight);
+    return mixed_on_cuda(in, w, a, float(threshold), outliers, kept, kept_weight);
+  }
+#endif
   const Scratch<uint8_t, Outlier, const float*, int8_t, float, int32_t> scratch(
       columns, columns, kept ? columns : 0, m * columns, m, m);
   uint8_t* flag = scratch.get<0>();
@@ -99,8 +172,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fewbit, m) {
       " int out_features, int group_size, float threshold, Tensor? outliers, Tensor? kept,"
       " Tensor? kept_weight) -> Tensor");
 }
-STABLE_TORCH_LIBRARY_IMPL(fewbit, CPU, m) {
-  m.impl("int8_mixed_linear", TORCH_BOX(&int8_mixed_linear));
-}
+FEWBIT_OP(int8_mixed_linear)
 
 }  // namespace fewbit::bindings

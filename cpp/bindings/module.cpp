@@ -7,7 +7,16 @@
 #include "fewbit/kernel.h"
 #include "fewbit/layout.h"
 
+#if FEWBIT_WITH_CUDA
+#include "fewbit/cuda.h"
+#endif
+
 namespace py = pybind11;
+
+namespace fewbit::bindings {  // cuda.cpp
+void set_verified(const std::string& op, int architecture);
+void allow_unverified(bool on);
+}  // namespace fewbit::bindings
 
 namespace {
 
@@ -35,11 +44,26 @@ py::list available_isas() {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "fewbit's native module: importing it registers the torch operators.";
   m.attr("__version__") = FEWBIT_VERSION;
-  m.attr("cuda") = bool(FEWBIT_WITH_CUDA);
+  m.attr("cuda") = bool(FEWBIT_WITH_CUDA) && !FEWBIT_CUDA_EMULATED;
+  m.attr("cuda_kernels") = bool(FEWBIT_WITH_CUDA);  // for cards, or emulated
   m.attr("panel_rows") = fewbit::panel_rows;
   m.def(
       "isa", [] { return std::string(fewbit::cpu::isa_name(fewbit::cpu::isa())); },
       "The instruction set whose kernels run.");
   m.def("available_isas", &available_isas, "What this CPU and this build can run, worst first.");
+  m.def("set_verified", &fewbit::bindings::set_verified, py::arg("op"), py::arg("architecture"),
+        "Let the CUDA kernel of `op` run on cards of compute capability `architecture` (75, ..).");
+  m.def("allow_unverified", &fewbit::bindings::allow_unverified, py::arg("on"),
+        "Let every CUDA kernel run on every card.");
+#if FEWBIT_CUDA_EMULATED
+  m.def("emulate_cuda", &fewbit::cuda::emulate, py::arg("architecture"),
+        py::arg("descending") = false,
+        "Run CPU tensors through the CUDA kernels, one thread after the other; 0 ends it.");
+  m.def(
+      "emulated_cuda",
+      [] { return py::make_tuple(fewbit::cuda::emulated(), fewbit::cuda::emulated_descending()); },
+      "The arguments of emulate_cuda that hold now.");
+  m.def("emulated_launches", &fewbit::cuda::emulated_launches, "Kernels emulated so far.");
+#endif
   m.def("set_isa", &set_isa, py::arg("name"), "Choose an instruction set of available_isas().");
 }

@@ -1,6 +1,6 @@
 #include "fewbit/norm_quantize.h"
 
-#include "common.h"
+#include "cuda.h"
 
 namespace fewbit::bindings {
 
@@ -17,18 +17,22 @@ std::tuple<Tensor, Tensor, Tensor> norm_quantize(const Tensor& x, const Tensor& 
     check_shape(*bias, {columns}, "bias");
     dtype_of(*bias, "bias");
   }
+  check_beside(x, weight, "weight");
+  if (bias) check_beside(x, *bias, "bias");
   const Tensor in = dense(x);
   const Tensor weight32 = as_float(weight);
   std::optional<Tensor> bias32;
   if (bias) bias32 = as_float(*bias);
-  const Scratch<float> normed(m * columns);
-  Tensor q = empty({m, columns}, ScalarType::Char);
-  Tensor scale = empty({m}, ScalarType::Float), zero_point = empty({m}, ScalarType::Int);
-  run(NormQuantize{in.const_data_ptr(), data<float>(weight32),
-                   bias ? data<float>(*bias32) : nullptr, normed.get<0>(), mutable_data<int8_t>(q),
-                   mutable_data<float>(scale), mutable_data<int32_t>(zero_point), float(eps), dtype,
-                   rms, symmetric, m, columns},
-      grain_for(columns));
+  const Scratch<float> normed(x.is_cuda() ? 0 : m * columns);  // CUDA kernels need none
+  Tensor q = empty_on(x, {m, columns}, ScalarType::Char);
+  Tensor scale = empty_on(x, {m}, ScalarType::Float);
+  Tensor zero_point = empty_on(x, {m}, ScalarType::Int);
+  run_on(x,
+         NormQuantize{
+             in.const_data_ptr(), data<float>(weight32), bias ? data<float>(*bias32) : nullptr,
+             normed.get<0>(), mutable_data<int8_t>(q), mutable_data<float>(scale),
+             mutable_data<int32_t>(zero_point), float(eps), dtype, rms, symmetric, m, columns},
+         "norm_quantize", grain_for(columns));
   return {q, scale, zero_point};
 }
 
@@ -37,6 +41,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fewbit, m) {
       "norm_quantize(Tensor x, Tensor weight, Tensor? bias, float eps, bool rms, bool symmetric)"
       " -> (Tensor q, Tensor scale, Tensor zero_point)");
 }
-STABLE_TORCH_LIBRARY_IMPL(fewbit, CPU, m) { m.impl("norm_quantize", TORCH_BOX(&norm_quantize)); }
+FEWBIT_OP(norm_quantize)
 
 }  // namespace fewbit::bindings

@@ -1,6 +1,6 @@
 // Running the per-token quantisation, for the ops that begin with it.
 #pragma once
-#include "common.h"
+#include "cuda.h"
 #include "fewbit/quantize_per_token.h"
 
 namespace fewbit::bindings {
@@ -15,6 +15,7 @@ inline void quantize_tokens(const Tensor& x, bool symmetric, const std::optional
   if (x_scale) {
     check(x_scale->numel() == 1, "a static x_scale must hold one element, got ", x_scale->numel());
     check_dtype(*x_scale, ScalarType::Float, "x_scale");
+    check_beside(x, *x_scale, "x_scale");
     fixed_scale = dense(*x_scale);
   }
   if (x_zero_point) {
@@ -23,14 +24,17 @@ inline void quantize_tokens(const Tensor& x, bool symmetric, const std::optional
     check(x_zero_point->numel() == 1, "a static x_zero_point must hold one element, got ",
           x_zero_point->numel());
     check_dtype(*x_zero_point, ScalarType::Int, "x_zero_point");
+    check_beside(x, *x_zero_point, "x_zero_point");
     fixed_zero = dense(*x_zero_point);
   }
   const int64_t m = x.size(0), columns = x.size(1);
   const Tensor in = dense(x);
-  run(QuantizePerToken{in.const_data_ptr(), skip, fixed_scale ? data<float>(*fixed_scale) : nullptr,
+  run_on(
+      x,
+      QuantizePerToken{in.const_data_ptr(), skip, fixed_scale ? data<float>(*fixed_scale) : nullptr,
                        fixed_zero ? data<int32_t>(*fixed_zero) : nullptr, q, scale, zero_point,
                        dtype, symmetric, m, columns},
-      grain_for(columns));
+      "quantize_per_token", grain_for(columns));
 }
 
 }  // namespace fewbit::bindings

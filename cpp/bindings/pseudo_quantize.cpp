@@ -1,6 +1,6 @@
 #include "fewbit/pseudo_quantize.h"
 
-#include "common.h"
+#include "cuda.h"
 #include "grid_args.h"
 
 namespace fewbit::bindings {
@@ -12,11 +12,12 @@ Tensor pseudo_quantize(const Tensor& w, int64_t bits, int64_t group_size, bool s
   const Grid grid = make_grid(bits, symmetric, scale_dtype);
   const DType dtype = dtype_of(w, "w");
   const Tensor in = dense(w);
-  Tensor out = empty({w.size(0), w.size(1)}, w.scalar_type());
+  Tensor out = empty_on(w, {w.size(0), w.size(1)}, w.scalar_type());
   const int64_t size = size_of(dtype);
-  run(PseudoQuantize{in.const_data_ptr(), out.mutable_data_ptr(), dtype, w.size(0), w.size(1),
-                     group, grid, past_caches(out, w.size(1) * size, group * size)},
-      grain_for(w.size(1)));
+  run_on(w,
+         PseudoQuantize{in.const_data_ptr(), out.mutable_data_ptr(), dtype, w.size(0), w.size(1),
+                        group, grid, past_caches(out, w.size(1) * size, group * size)},
+         "pseudo_quantize", grain_for(w.size(1)));
   return out;
 }
 
@@ -29,8 +30,8 @@ void pseudo_quantize_(Tensor w, int64_t bits, int64_t group_size, bool symmetric
   const DType dtype = dtype_of(w, "w");
   check(w.is_contiguous(), "w must be contiguous: it is updated in place");
   void* data = w.mutable_data_ptr();
-  run(PseudoQuantize{data, data, dtype, w.size(0), w.size(1), group, grid, false},
-      grain_for(w.size(1)));
+  run_on(w, PseudoQuantize{data, data, dtype, w.size(0), w.size(1), group, grid, false},
+         "pseudo_quantize_", grain_for(w.size(1)));
 }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fewbit, m) {
@@ -41,9 +42,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fewbit, m) {
       "pseudo_quantize_(Tensor(a!) w, int bits, int group_size, bool symmetric, str scale_dtype)"
       " -> ()");
 }
-STABLE_TORCH_LIBRARY_IMPL(fewbit, CPU, m) {
-  m.impl("pseudo_quantize", TORCH_BOX(&pseudo_quantize));
-  m.impl("pseudo_quantize_", TORCH_BOX(&pseudo_quantize_));
-}
+FEWBIT_OP(pseudo_quantize)
+FEWBIT_OP(pseudo_quantize_)
 
 }  // namespace fewbit::bindings

@@ -1,6 +1,6 @@
 #include "fewbit/quantize.h"
 
-#include "common.h"
+#include "cuda.h"
 #include "grid_args.h"
 
 namespace fewbit::bindings {
@@ -14,12 +14,13 @@ std::tuple<Tensor, Tensor, Tensor> quantize(const Tensor& w, int64_t bits, int64
   const Grid grid = make_grid(bits, symmetric, scale_dtype);
   const DType dtype = dtype_of(w, "w");
   const Tensor in = dense(w);
-  Tensor q = empty({rows, columns}, ScalarType::Byte);
-  Tensor scale = empty({rows, groups}, ScalarType::Float);
-  Tensor zero_point = empty({rows, groups}, ScalarType::Byte);
-  run(Quantize{in.const_data_ptr(), mutable_data<uint8_t>(q), mutable_data<float>(scale),
-               mutable_data<uint8_t>(zero_point), dtype, rows, columns, group, groups, grid},
-      grain_for(columns));
+  Tensor q = empty_on(w, {rows, columns}, ScalarType::Byte);
+  Tensor scale = empty_on(w, {rows, groups}, ScalarType::Float);
+  Tensor zero_point = empty_on(w, {rows, groups}, ScalarType::Byte);
+  run_on(w,
+         Quantize{in.const_data_ptr(), mutable_data<uint8_t>(q), mutable_data<float>(scale),
+                  mutable_data<uint8_t>(zero_point), dtype, rows, columns, group, groups, grid},
+         "quantize", grain_for(columns));
   if (grid.scale_dtype != DType::f32)  // exact: the kernel has rounded
     scale = torch::stable::to(scale, scalar_type(grid.scale_dtype));
   return {q, scale, zero_point};
@@ -30,6 +31,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fewbit, m) {
       "quantize(Tensor w, int bits, int group_size, bool symmetric, str scale_dtype)"
       " -> (Tensor q, Tensor scale, Tensor zero_point)");
 }
-STABLE_TORCH_LIBRARY_IMPL(fewbit, CPU, m) { m.impl("quantize", TORCH_BOX(&quantize)); }
+FEWBIT_OP(quantize)
 
 }  // namespace fewbit::bindings

@@ -1,4 +1,4 @@
-#include "common.h"
+#include "cuda.h"
 #include "per_token_args.h"
 
 namespace fewbit::bindings {
@@ -20,8 +20,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fewbit, m) {
       "quantize_per_token(Tensor x, bool symmetric, Tensor? x_scale, Tensor? x_zero_point)"
       " -> (Tensor q, Tensor scale, Tensor zero_point)");
 }
-STABLE_TORCH_LIBRARY_IMPL(fewbit, CPU, m) {
-  m.impl("quantize_per_token", TORCH_BOX(&quantize_per_token));
-}
+FEWBIT_OP(quantize_per_token)
 
 }  // namespace fewbit::bindings

@@ -1,9 +1,36 @@
 #include "fewbit/w4a16_linear.h"
 
-#include "common.h"
-#include "packed_linear.h"
+#include "cuda_product.h"
 
 namespace fewbit::bindings {
+
+#if FEWBIT_WITH_CUDA
+// Many rows: the weight in the type of x, once, then torch's own product.
+static Tensor dequantized_linear(const Tensor& x, const Weight& w,
+                                 const std::optional<Tensor>& bias) {
+  const PackedLayout& l = w.layout;
+  const DType dtype = dtype_of(x, "x");
+  Tensor q = empty_on(x, {l.rows, l.columns}, ScalarType::Byte);
+  Tensor scale = empty_on(x, {l.rows, l.groups()}, scalar_type(w.scale_dtype));
+  Tensor zero_point = empty_on(x, {l.rows, l.groups()}, ScalarType::Byte);
+  Tensor weight = empty_on(x, {l.rows, l.columns}, x.scalar_type());
+  run_cuda(
+      x,
+      Unpack{data<uint32_t>(w.words), w.scale.const_data_ptr(), data<uint8_t>(w.zero_point),
+             mutable_data<uint8_t>(q), scale.mutable_data_ptr(), mutable_data<uint8_t>(zero_point),
+             static_cast<int>(size_of(w.scale_dtype)), false, l},
+      "w4a16_linear");
+  const Tensor scale32 = torch::stable::to(scale, ScalarType::Float);
+  run_cuda(x,
+           Dequantize{data<uint8_t>(q), data<float>(scale32), data<uint8_t>(zero_point),
+                      weight.mutable_data_ptr(), dtype, l.rows, l.columns, l.group_size, l.groups(),
+                      false},
+           "w4a16_linear");
+  std::optional<Tensor> b;
+  if (bias) b = torch::stable::to(*bias, x.scalar_type());
+  return call_plain("aten::linear", x, weight, b);
+}
+#endif
 
 Tensor w4a16_linear(const Tensor& x, const Tensor& packed, const Tensor& scale,
                     const Tensor& zero_point, std::optional<Tensor> bias, int64_t out_features,
@@ -13,9 +40,21 @@ Tensor w4a16_linear(const Tensor& x, const Tensor& packed, const Tensor& scale,
   const DType dtype = dtype_of(x, "x");
   const PackedLayout l = make_layout(out_features, columns, bits, group_size);
   const Weight w = make_weight(packed, scale, zero_point, bias, l);
-  Tensor out = empty({m, l.rows}, x.scalar_type());
+  Tensor out = empty_on(x, {m, l.rows}, x.scalar_type());
   if (m == 0 || l.rows == 0) return out;
   const Tensor in = dense(x);
+#if FEWBIT_WITH_CUDA
+  if (const int card = architecture_of(x); card != 0) {
+    cuda::PackedProduct a = product_of(in, w, dtype);
+    if (!cuda::serves(a, card))
+      return call_plain("fewbit_plain::w4a16_linear", x, packed, scale, zero_point, bias,
+                        out_features, bits, group_size);
+    if (m > cuda::most_rows(card)) return dequantized_linear(in, w, bias);
+    a.out = out.mutable_data_ptr();
+    run_product(in, a, "w4a16_linear");
+    return out;
+  }
+#endif
   if (m <= fixed_rows && l.group_size <= max_columns) {
     run_integer({in.const_data_ptr(), false, dtype, m, nullptr, nullptr, nullptr}, w, nullptr,
                 out.mutable_data_ptr(), dtype);
@@ -45,6 +84,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fewbit, m) {
       "w4a16_linear(Tensor x, Tensor packed, Tensor scale, Tensor zero_point, Tensor? bias,"
       " int out_features, int bits, int group_size) -> Tensor");
 }
-STABLE_TORCH_LIBRARY_IMPL(fewbit, CPU, m) { m.impl("w4a16_linear", TORCH_BOX(&w4a16_linear)); }
+FEWBIT_OP(w4a16_linear)
 
 }  // namespace fewbit::bindings

@@ -1,7 +1,6 @@
 #include "fewbit/w8a8_linear.h"
 
-#include "common.h"
-#include "packed_linear.h"
+#include "cuda_product.h"
 #include "per_token_args.h"
 
 namespace fewbit::bindings {
@@ -23,7 +22,7 @@ Tensor w8a8_linear(const Tensor& x, const Tensor& packed, const Tensor& scale,
   const bool codes = x.scalar_type() == ScalarType::Char;
   const DType dtype = codes ? DType::f32 : dtype_of(x, "x");
   const Tensor in = dense(x);
-  std::optional<Tensor> sums, scales, zeros;
+  std::optional<Tensor> sums, scales, zeros, codes_on_card;
   if (!symmetric) sums = dense(*code_sum);
   Activations t{in.const_data_ptr(),
                 true,
@@ -32,31 +31,67 @@ Tensor w8a8_linear(const Tensor& x, const Tensor& packed, const Tensor& scale,
                 nullptr,
                 nullptr,
                 sums ? data<int32_t>(*sums) : nullptr};
-  const Scratch<int8_t, float, int32_t> scratch(codes ? 0 : m * columns, codes ? 0 : m,
-                                                codes ? 0 : m);
+#if FEWBIT_WITH_CUDA
+  const int card = architecture_of(x);
+  if (sums) check_beside(x, *sums, "code_sum");
+#else
+  constexpr int card = 0;
+#endif
+  // Codes of float x: in scratch, or beside x on a card.
+  const bool local = !codes && card == 0;
+  const Scratch<int8_t, float, int32_t> scratch(local ? m * columns : 0, local ? m : 0,
+                                                local ? m : 0);
   if (codes) {
     check(bool(x_scale), "x of int8 codes needs x_scale, one per token");
     check_dtype(*x_scale, ScalarType::Float, "x_scale");
     check_shape(*x_scale, {m}, "x_scale");
     check(symmetric || bool(x_zero_point),
           "x of int8 codes with symmetric=False needs x_zero_point, one per token");
+    check_beside(x, *x_scale, "x_scale");
     scales = dense(*x_scale);
     t.scale = data<float>(*scales);
     if (!symmetric) {
       check_dtype(*x_zero_point, ScalarType::Int, "x_zero_point");
       check_shape(*x_zero_point, {m}, "x_zero_point");
+      check_beside(x, *x_zero_point, "x_zero_point");
       zeros = dense(*x_zero_point);
       t.zero = data<int32_t>(*zeros);
     }
   } else {
-    quantize_tokens(in, symmetric, x_scale, x_zero_point, nullptr, scratch.get<0>(),
-                    scratch.get<1>(), scratch.get<2>());
-    t.x = scratch.get<0>();
-    t.scale = scratch.get<1>();
-    t.zero = symmetric ? nullptr : scratch.get<2>();
+    int8_t* q = scratch.get<0>();
+    float* q_scale = scratch.get<1>();
+    int32_t* q_zero = scratch.get<2>();
+    if (!local) {
+      codes_on_card = empty_on(x, {m, columns}, ScalarType::Char);
+      scales = empty_on(x, {m}, ScalarType::Float);
+      zeros = empty_on(x, {m}, ScalarType::Int);
+      q = mutable_data<int8_t>(*codes_on_card);
+      q_scale = mutable_data<float>(*scales);
+      q_zero = mutable_data<int32_t>(*zeros);
+    }
+    quantize_tokens(in, symmetric, x_scale, x_zero_point, nullptr, q, q_scale, q_zero);
+    t.x = q;
+    t.scale = q_scale;
+    t.zero = symmetric ? nullptr : q_zero;
   }
-  Tensor out = empty({m, l.rows}, scalar_type(dtype));
+  Tensor out = empty_on(x, {m, l.rows}, scalar_type(dtype));
   if (m == 0 || l.rows == 0) return out;
+#if FEWBIT_WITH_CUDA
+  if (card != 0) {
+    cuda::PackedProduct a = product_of(in, w, dtype);
+    a.codes = true;
+    a.x = t.x;
+    a.x_scale = t.scale;
+    a.x_zero = t.zero;
+    a.code_sum = t.code_sum;
+    a.out = out.mutable_data_ptr();
+    if (!cuda::serves(a, card))
+      return call_plain("fewbit_plain::w8a8_linear", x, packed, scale, zero_point, bias,
+                        out_features, bits, group_size, symmetric, x_scale, x_zero_point, code_sum);
+    run_product(in, a, "w8a8_linear");
+    return out;
+  }
+#endif
   run_integer(t, w, nullptr, out.mutable_data_ptr(), dtype);
   return out;
 }
@@ -67,6 +102,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fewbit, m) {
       " int out_features, int bits, int group_size, bool symmetric, Tensor? x_scale,"
       " Tensor? x_zero_point, Tensor? code_sum) -> Tensor");
 }
-STABLE_TORCH_LIBRARY_IMPL(fewbit, CPU, m) { m.impl("w8a8_linear", TORCH_BOX(&w8a8_linear)); }
+FEWBIT_OP(w8a8_linear)
 
 }  // namespace fewbit::bindings

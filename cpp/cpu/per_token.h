@@ -1,30 +1,9 @@
 // One row of activations to int8; equation in fewbit/quantize_per_token.h.
 #pragma once
+#include "fewbit/quantize_per_token.h"
 #include "simd.h"
 
 namespace fewbit::cpu::FEWBIT_ISA {
-
-struct TokenStep {
-  float s;
-  float z;  // a whole number
-};
-
-FEWBIT_INLINE TokenStep token_step(float lo, float hi, bool finite, bool symmetric) {
-  const float top = -lo > hi ? -lo : hi;
-  if (!finite) return {__builtin_nanf(""), 0.0f};
-  if (!(top > 0.0f)) return {1.0f, symmetric ? 0.0f : -128.0f};
-  float s;
-  if (symmetric) {
-    s = top / 127.0f;
-  } else {
-    const float range = hi - lo;
-    s = range <= 3.4028235e38f ? range / 255.0f : hi / 255.0f - lo / 255.0f;
-  }
-  s = s < 0x1p-126f ? 0x1p-126f : s;  // the least normal number: division by s stays finite
-  if (symmetric) return {s, 0.0f};
-  const float z = round_even(-128.0f - lo / s);
-  return {s, z < -128.0f ? -128.0f : z < 127.0f ? z : 127.0f};
-}
 
 // Range of a row that always holds 0; `finite` is false where it holds a NaN or an infinity.
 template <class T>
@@ -64,9 +43,7 @@ FEWBIT_INLINE void quantize_token(const T* x, const uint8_t* skip, int64_t n, To
   }
   for (; i < n; ++i) {
     const float v = skip && skip[i] ? to_float(x[i]) * 0.0f : to_float(x[i]);
-    float code = round_even(v / step.s) + step.z;
-    code = code > least ? code : least;
-    q[i] = int8_t(code < 127.0f ? code : 127.0f);
+    q[i] = token_code(v, step, symmetric);
   }
 }
 

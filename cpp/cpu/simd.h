@@ -7,7 +7,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#include "fewbit/dtype.h"
+#include "fewbit/numeric.h"
 
 #if FEWBIT_ISA_LEVEL >= 1
 #include <immintrin.h>
@@ -24,56 +24,7 @@
 
 namespace fewbit::cpu::FEWBIT_ISA {
 
-// ---- scalar conversions, for tails and for the portable path -----------------------------------
-
-FEWBIT_INLINE uint32_t bits_of(float v) {
-  uint32_t u;
-  __builtin_memcpy(&u, &v, 4);
-  return u;
-}
-FEWBIT_INLINE float float_of(uint32_t u) {
-  float v;
-  __builtin_memcpy(&v, &u, 4);
-  return v;
-}
-
-FEWBIT_INLINE float to_float(float v) { return v; }
-FEWBIT_INLINE float to_float(BFloat16 v) { return float_of(uint32_t(v.bits) << 16); }
-FEWBIT_INLINE float to_float(Half v) {
-  const uint32_t sign = uint32_t(v.bits & 0x8000u) << 16, rest = v.bits & 0x7FFFu;
-  // Subnormals: scaling the integer is exact. Inf and NaN: exponent 255, payload kept.
-  if (rest < 0x0400u) return float_of(bits_of(float(rest) * 0x1p-24f) | sign);
-  if (rest >= 0x7C00u) return float_of(sign | 0x7F800000u | (rest & 0x3FFu) << 13);
-  return float_of(sign | ((rest << 13) + 0x38000000u));
-}
-
-FEWBIT_INLINE void from_float(float v, float* out) { *out = v; }
-FEWBIT_INLINE void from_float(float v, BFloat16* out) {
-  const uint32_t u = bits_of(v);
-  // Round half to even on the 16 dropped bits; a NaN keeps a set quiet bit.
-  out->bits =
-      v != v ? uint16_t((u >> 16) | 0x40u) : uint16_t((u + 0x7FFFu + ((u >> 16) & 1u)) >> 16);
-}
-FEWBIT_INLINE void from_float(float v, Half* out) {
-  const uint32_t u = bits_of(v), sign = (u >> 16) & 0x8000u, rest = u & 0x7FFFFFFFu;
-  if (rest > 0x7F800000u) {
-    out->bits = uint16_t(sign | 0x7E00u | ((rest >> 13) & 0x1FFu));
-    return;
-  }
-  if (rest >= 0x477FF000u) {
-    out->bits = uint16_t(sign | 0x7C00u);
-    return;
-  }  // 65520 and up
-  if (rest < 0x38800000u) {  // below 2^-14: the result is a multiple of 2^-24
-    // Adding 0.5 puts the ulp at 2^-24, so the hardware rounds half to even there.
-    out->bits = uint16_t(sign | (bits_of(float_of(rest) + 0.5f) - 0x3F000000u));
-    return;
-  }
-  out->bits = uint16_t(sign | ((rest - 0x38000000u + 0xFFFu + ((rest >> 13) & 1u)) >> 13));
-}
-
-FEWBIT_INLINE float round_even(float v) { return __builtin_nearbyintf(v); }
-FEWBIT_INLINE float abs_of(float v) { return __builtin_fabsf(v); }
+using fewbit::to_float;  // beside the one for lanes
 
 // ---- float32 and uint32 lanes ------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from . import _C, __version__, ops
+from . import _C, __version__, cuda, ops
 
 TORCH = (2, 10)  # the oldest that the native module runs with
 EXTRAS = {
@@ -75,9 +75,14 @@ def _cuda() -> Finding:
     if not torch.cuda.is_available():
         return Finding("CUDA", "no GPU that torch can use: everything runs on the CPU")
     name = torch.cuda.get_device_name()
-    if _C.cuda:
-        return Finding("CUDA", f"{name}, native kernels built")
-    return Finding("CUDA", f"{name}: operators run as plain torch compositions")
+    if not _C.cuda:
+        return Finding("CUDA", f"{name}: operators run as plain torch compositions")
+    major, minor = torch.cuda.get_device_capability()
+    on = [op for op, cards in cuda.verified().items() if 10 * major + minor in cards]
+    state = f"{name}, sm_{major}{minor}: verified native kernels: {', '.join(sorted(on)) or 'none'}"
+    if cuda.unverified_allowed():
+        return Finding("CUDA", f"{state}; FEWBIT_CUDA_UNVERIFIED runs the others too")
+    return Finding("CUDA", f"{state}; the other operators run as plain torch compositions")
 
 
 def _operators() -> Finding:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import _C, reference  # noqa: F401  (importing _C registers the native kernels)
+from . import _C, cuda, reference  # importing _C registers the native kernels
 
 __all__ = [
     "act_stats",
@@ -34,11 +34,19 @@ __all__ = [
 ]
 
 _library = torch.library.Library("fewbit", "IMPL")
+_plain_library = torch.library.Library("fewbit_plain", "DEF")
 
 
 def _composite(name: str) -> None:
     """Register reference.<name> for the devices that have no native kernel."""
     _library.impl(name, getattr(reference, name), "CompositeExplicitAutograd")
+
+
+def _plain(name: str) -> None:
+    """Register reference.<name> as what an op calls on a card without a verified kernel."""
+    schema = str(getattr(torch.ops.fewbit, name).default._schema).removeprefix("fewbit::")
+    _plain_library.define(schema)
+    _plain_library.impl(name, getattr(reference, name), "CompositeExplicitAutograd")
 
 
 def quantize(
@@ -521,3 +529,6 @@ def _panel_words(columns: int, bits: int, group_size: int) -> int:
 
 for _name in __all__:
     _composite(_name)
+    if _C.cuda_kernels:
+        _plain(_name)
+cuda.hand_over()

@@ -183,9 +183,9 @@ def _search_range(
     bits, _, symmetric, _ = grid
     best = least = None
     for i in range(max(points, 1)):
-        shrink = torch.tensor(0.8) * i / max(points, 1)
+        shrink = torch.tensor(0.8, device=x.device) * i / max(points, 1)
         ends = torch.stack((x.amin(1).clamp(max=0.0), x.amax(1).clamp(min=0.0)), 1).float()
-        s, z = fit_grid(ends * (1.0 - shrink).to(x.device), *grid)
+        s, z = fit_grid(ends * (1.0 - shrink), *grid)
         d = x - (((x / s).round() + z).clamp(0, 2.0**bits - 1) - z) * s
         loss = (d.square() * importance).sum(1, keepdim=True)
         if best is None:

@@ -4,7 +4,11 @@
 
 // For every function in a header that kernels use: kernels are compiled once per instruction set,
 // and an out-of-line copy made with one set's instructions could be linked into all of them.
+#if defined(__CUDACC__)
+#define FEWBIT_ALWAYS_INLINE __host__ __device__ __forceinline__ constexpr
+#else
 #define FEWBIT_ALWAYS_INLINE [[gnu::always_inline]] constexpr
+#endif
 
 namespace fewbit {
 

@@ -10,8 +10,8 @@
 // infinity has s = NaN and the least code, so that what is computed from it is NaN. Columns marked
 // in `skip` (LLM.int8()'s outliers, arXiv 2208.07339) count as 0 in range and codes.
 #pragma once
-#include "fewbit/dtype.h"
 #include "fewbit/kernel.h"
+#include "fewbit/numeric.h"
 
 namespace fewbit {
 
@@ -32,5 +32,34 @@ struct QuantizePerToken {
 };
 
 FEWBIT_KERNEL(QuantizePerToken)
+
+struct TokenStep {
+  float s;
+  float z;  // a whole number
+};
+
+FEWBIT_ALWAYS_INLINE TokenStep token_step(float lo, float hi, bool finite, bool symmetric) {
+  const float top = -lo > hi ? -lo : hi;
+  if (!finite) return {float_of(0x7FC00000u), 0.0f};
+  if (!(top > 0.0f)) return {1.0f, symmetric ? 0.0f : -128.0f};
+  float s;
+  if (symmetric) {
+    s = top / 127.0f;
+  } else {
+    const float range = hi - lo;
+    s = range <= 3.4028235e38f ? range / 255.0f : hi / 255.0f - lo / 255.0f;
+  }
+  s = s < 0x1p-126f ? 0x1p-126f : s;  // the least normal number: division by s stays finite
+  if (symmetric) return {s, 0.0f};
+  const float z = round_even(-128.0f - lo / s);
+  return {s, z < -128.0f ? -128.0f : z < 127.0f ? z : 127.0f};
+}
+
+FEWBIT_ALWAYS_INLINE int8_t token_code(float v, TokenStep step, bool symmetric) {
+  const float least = symmetric ? -127.0f : -128.0f;
+  const float code = round_even(v / step.s) + step.z;
+  const float low = code > least ? code : least;  // a NaN becomes the least code
+  return int8_t(low < 127.0f ? low : 127.0f);
+}
 
 }  // namespace fewbit

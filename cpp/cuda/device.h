@@ -1,0 +1,123 @@
+// What every kernel file uses: launching, vector access, reductions in a fixed order.
+#pragma once
+#if defined(__CUDACC__)
+#include <cuda_runtime.h>
+#else
+#include "emulate.h"
+#endif
+
+#include <type_traits>
+
+#include "fewbit/cuda.h"
+#include "fewbit/numeric.h"
+
+#define FEWBIT_DEVICE __device__ __forceinline__
+
+namespace fewbit::cuda {
+
+constexpr int warp_size = 32;
+constexpr unsigned full_warp = 0xFFFFFFFFu;
+
+#if defined(__CUDACC__)
+template <class Args>
+const char* start(void (*kernel)(Args), dim3 grid, dim3 block, size_t shared, Place place,
+                  Args args) {
+  if (grid.x == 0 || grid.y == 0 || grid.z == 0) return nullptr;
+  const void* function = reinterpret_cast<const void*>(kernel);
+  cudaError_t error = cudaSuccess;
+  if (shared > 48 * 1024)
+    error =
+        cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared));
+  void* list[] = {&args};
+  if (error == cudaSuccess)
+    error = cudaLaunchKernel(function, grid, block, list, shared,
+                             static_cast<cudaStream_t>(place.stream));
+  if (error == cudaSuccess) return nullptr;
+  cudaGetLastError();  // leave nothing behind for the caller's next call
+  return cudaGetErrorString(error);
+}
+
+FEWBIT_DEVICE unsigned char* dynamic_shared() {
+  extern __shared__ __align__(16) unsigned char fewbit_dynamic_shared[];
+  return fewbit_dynamic_shared;
+}
+#else
+template <class Args>
+const char* start(void (*kernel)(Args), dim3 grid, dim3 block, size_t shared, Place, Args args) {
+  if (grid.x == 0 || grid.y == 0 || grid.z == 0) return nullptr;
+  if (int64_t(shared) > shared_memory(0)) return "too much shared memory";
+  emulator::run([&] { kernel(args); }, grid, block);
+  return nullptr;
+}
+
+inline unsigned char* dynamic_shared() { return emulator::shared; }
+#endif
+
+// Calls f(T*) for the element type that `type` names.
+template <class F>
+auto with_type(DType type, const F& f) {
+  if (type == DType::f32) return f(static_cast<float*>(nullptr));
+  if (type == DType::f16) return f(static_cast<Half*>(nullptr));
+  return f(static_cast<BFloat16*>(nullptr));
+}
+template <class P>
+using element = std::remove_pointer_t<P>;
+
+// V neighbours as one access; p must be aligned to all of them.
+template <class T, int V>
+struct alignas(sizeof(T) * V) Vector {
+  T v[V];
+};
+template <int V, class T>
+FEWBIT_DEVICE Vector<T, V> load(const T* p) {
+  return *reinterpret_cast<const Vector<T, V>*>(p);
+}
+template <class T, int V>
+FEWBIT_DEVICE void store(T* p, const Vector<T, V>& v) {
+  *reinterpret_cast<Vector<T, V>*>(p) = v;
+}
+
+// Elements of one 16-byte access where every row and group starts on one; else 1.
+template <class T>
+bool wide(int64_t columns, int64_t group_size, const void* p) {
+  constexpr int64_t n = 16 / sizeof(T);
+  return columns % n == 0 && group_size % n == 0 && reinterpret_cast<uintptr_t>(p) % 16 == 0;
+}
+
+struct Sum {
+  FEWBIT_DEVICE float operator()(float a, float b) const { return a + b; }
+};
+struct Least {
+  FEWBIT_DEVICE float operator()(float a, float b) const { return b < a ? b : a; }
+};
+struct Most {
+  FEWBIT_DEVICE float operator()(float a, float b) const { return b > a ? b : a; }
+};
+
+// Over `lanes` neighbours of a warp, a power of two; every lane gets the same bits.
+template <class F>
+FEWBIT_DEVICE float reduce_lanes(float v, int lanes, F f) {
+  for (int d = lanes / 2; d > 0; d /= 2) v = f(v, __shfl_xor_sync(full_warp, v, d));
+  return v;
+}
+
+// Over the block, warps in order; every thread gets the same bits. blockDim.x is in whole warps.
+template <class F>
+FEWBIT_DEVICE float reduce_block(float v, F f) {
+  __shared__ float of_warp[32];
+  v = reduce_lanes(v, warp_size, f);
+  __syncthreads();
+  if (threadIdx.x % warp_size == 0) of_warp[threadIdx.x / warp_size] = v;
+  __syncthreads();
+  v = of_warp[0];
+  for (unsigned w = 1; w < blockDim.x / warp_size; ++w) v = f(v, of_warp[w]);
+  return v;
+}
+
+inline unsigned threads_for(int64_t work, unsigned most = 256) {
+  unsigned n = warp_size;
+  while (n < most && int64_t(n) < work) n *= 2;
+  return n;
+}
+
+}  // namespace fewbit::cuda

@@ -1,0 +1,341 @@
+// The inner loop of the packed matrix products on tensor cores.
+//
+// The packed layout (fewbit/layout.h) is read as it is. The order of k inside a product is free as
+// long as both operands agree, and so is the order of n: lane 4 g + t loads 16 bytes, which are
+// rows 4 (g % 4) .. + 3 of panel g / 4 of its warp's two, in unit t of a step. So
+//
+//   n of position n' of the i-th 8-wide tile is 4 n' + i    (packed_row)
+//   k of slot j of lane t is lane_columns t + j              (natural order inside the lane)
+//
+// and each lane ends with eight neighbouring columns of its rows of the result: 8 t .. 8 t + 7.
+#pragma once
+#include "mma.h"
+#include "units.h"
+
+namespace fewbit::cuda {
+
+constexpr int product_warps = 4;
+constexpr int product_threads = product_warps * warp_size;
+constexpr int warp_rows = 2 * int(panel_rows);  // of the weight
+
+// Row of the warp's 32 at position `column` of tile i.
+FEWBIT_ALWAYS_INLINE int packed_row(int column, int i) { return 4 * column + i; }
+
+template <class X, int bits, int tiles_, int level>
+struct Shape {
+  static constexpr bool integer = std::is_same_v<X, int8_t>;
+  static constexpr int tiles = tiles_;  // of 16 rows of x
+  static constexpr int rows = 16 * tiles;
+  static constexpr int lane_columns = bits == 8 ? 8 : int(unit_columns(bits));
+  static constexpr int lane_words = lane_columns * bits / 32;
+  static constexpr int step = 4 * lane_columns;       // columns that a warp takes at once
+  static constexpr int slab = step < 64 ? 64 : step;  // columns per stage
+  static constexpr int steps = slab / step;
+  static constexpr int stages = level < 80 ? 2 : tiles > 1 ? 3 : 4;
+  static constexpr int row_bytes = slab * int(sizeof(X)), step_bytes = step * int(sizeof(X));
+  // Rows of x in shared memory, apart so that the lanes of one access hit different banks.
+  static constexpr int pitch =
+      row_bytes + (step_bytes >= 128 ? 16 : (step_bytes - row_bytes % 128 + 128) % 128);
+  static constexpr int x_pieces = rows * row_bytes / 16;  // of 16 bytes
+  static constexpr int x_loads = (x_pieces + product_threads - 1) / product_threads;
+  static constexpr int w_loads = steps * lane_words;
+  static constexpr int x_bytes = rows * pitch;
+  static constexpr int w_bytes = level < 80 ? 0 : w_loads * product_threads * 16;
+  static constexpr int shared_bytes = stages * (x_bytes + w_bytes);
+};
+
+using Words = Vector<uint32_t, 4>;
+
+// Codes of columns 4 j .. 4 j + 3 of row i of the four, one per byte.
+template <int bits, int lane_words>
+FEWBIT_DEVICE uint32_t quad_of_row(const Words (&w)[lane_words], int i, int j) {
+  if constexpr (bits == 8) {
+    return w[j].v[i];
+  } else {
+    uint32_t word[lane_words];
+#pragma unroll
+    for (int k = 0; k < lane_words; ++k) word[k] = w[k].v[i];
+    return quad_of<bits>(word, j);
+  }
+}
+
+// q - z of bytes 0, 2 (or, shifted, 1, 3) of a quad as two halves or bfloat16, exact: 0x6400 is
+// 1024 in half, whose last bit is worth 1.
+constexpr uint32_t half_1024 = 0x64006400u;
+template <class X>
+FEWBIT_DEVICE uint32_t centred(uint32_t quad, uint32_t zero) {
+  const uint32_t two = subtract_half2((quad & 0x00FF00FFu) | half_1024, zero);
+  if constexpr (std::is_same_v<X, BFloat16>) return half2_to_bfloat2(two);
+  return two;
+}
+
+// Eight neighbours of the scales at `index`, raw; to float when they are used.
+struct RawScales {
+  Words part[2];
+};
+FEWBIT_DEVICE RawScales load_scales(const void* scale, DType type, int64_t index) {
+  RawScales r;
+  if (type == DType::f32) {
+    r.part[0] = load<4>(static_cast<const uint32_t*>(scale) + index);
+    r.part[1] = load<4>(static_cast<const uint32_t*>(scale) + index + 4);
+  } else {
+    r.part[0] = load<4>(static_cast<const uint32_t*>(scale) + index / 2);
+  }
+  return r;
+}
+FEWBIT_DEVICE float load_scale(const void* scale, DType type, int64_t index) {
+  if (type == DType::f32) return static_cast<const float*>(scale)[index];
+  if (type == DType::f16) return to_float(static_cast<const Half*>(scale)[index]);
+  return to_float(static_cast<const BFloat16*>(scale)[index]);
+}
+FEWBIT_DEVICE float scale_at(const RawScales& r, DType type, int i) {
+  if (type == DType::f32) return float_of(r.part[i / 4].v[i % 4]);
+  const uint16_t bits = uint16_t(r.part[0].v[i / 2] >> 16 * (i % 2));
+  return type == DType::f16 ? to_float(Half{bits}) : to_float(BFloat16{bits});
+}
+
+// One result from its sum over k.
+FEWBIT_DEVICE float finish(const PackedProduct& a, float sum, int64_t row, int64_t n) {
+  if (a.codes) sum = sum * a.x_scale[row];
+  if (a.add) sum = sum + a.add[row * a.layout.rows + n];
+  return a.bias ? sum + a.bias[n] : sum;
+}
+
+FEWBIT_DEVICE void put(const PackedProduct& a, float v, int64_t at) {
+  if (a.dtype == DType::f32) static_cast<float*>(a.out)[at] = v;
+  if (a.dtype == DType::f16) from_float(v, static_cast<Half*>(a.out) + at);
+  if (a.dtype == DType::bf16) from_float(v, static_cast<BFloat16*>(a.out) + at);
+}
+
+// Eight neighbouring sums of one row: to the result, or to this part's place in `partial`.
+FEWBIT_DEVICE void put_eight(const PackedProduct& a, const float (&v)[8], int64_t row, int64_t n,
+                             int64_t split) {
+  const int64_t width = a.layout.panels() * panel_rows;
+  if (row >= a.m || n >= width) return;
+  if (a.splits > 1) {
+    float* to = static_cast<float*>(a.partial) + (split * a.m + row) * width + n;
+    store(to, Vector<float, 4>{{v[0], v[1], v[2], v[3]}});
+    store(to + 4, Vector<float, 4>{{v[4], v[5], v[6], v[7]}});
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < 8; ++i)
+    if (n + i < a.layout.rows) put(a, finish(a, v[i], row, n + i), row * a.layout.rows + n + i);
+}
+
+template <class X, int bits, int tiles, int level>
+FEWBIT_DEVICE void product_block(const PackedProduct& a) {
+  using S = Shape<X, bits, tiles, level>;
+  using Sum = std::conditional_t<S::integer, int32_t, float>;
+  constexpr bool async = level >= 80;
+  const PackedLayout& l = a.layout;
+  const int lane = int(threadIdx.x) % warp_size, warp = int(threadIdx.x) / warp_size;
+  const int g = lane / 4, t = lane % 4;
+  const int64_t m0 = int64_t(blockIdx.y) * S::rows, split = blockIdx.z;
+  const int64_t pair = int64_t(blockIdx.x) * product_warps + warp;
+  const int64_t groups = l.groups(), last_panel = l.panels() - 1;
+  // What this lane loads: four rows of one panel. What it ends with: eight columns of another.
+  const int64_t in_panel = 2 * pair + g / 4 < last_panel ? 2 * pair + g / 4 : last_panel;
+  const int64_t out_panel = 2 * pair + t / 2 < last_panel ? 2 * pair + t / 2 : last_panel;
+  const int64_t in_zero = in_panel * groups * panel_rows + 4 * (g % 4);
+  const int64_t out_scale = out_panel * groups * panel_rows + 8 * (t % 2);
+  const uint32_t* words =
+      a.packed + in_panel * l.panel_words() + t * S::lane_words * panel_rows + 4 * (g % 4);
+
+  const int64_t slabs = ceil_div(l.columns, S::slab), steps = l.columns / S::step;
+  const int64_t first = slabs * split / a.splits, last = slabs * (split + 1) / a.splits;
+  const int64_t group_steps = l.group_size / S::step;
+
+  unsigned char* const ring = dynamic_shared();
+  const auto x_stage = [&](int64_t slab) { return ring + slab % S::stages * S::x_bytes; };
+  const auto w_stage = [&](int64_t slab) {
+    return ring + S::stages * S::x_bytes + slab % S::stages * S::w_bytes + threadIdx.x * 16;
+  };
+  Words x_next[S::x_loads] = {}, w_next[S::w_loads] = {}, w[S::w_loads] = {};
+
+  // Level 80: copies into the ring, some slabs ahead. Level 75: one slab ahead, in registers.
+  const auto fetch = [&](int64_t slab) {
+#pragma unroll
+    for (int i = 0; i < S::x_loads; ++i) {
+      const int piece = int(threadIdx.x) + i * product_threads;
+      const int row = piece / (S::row_bytes / 16), byte = piece % (S::row_bytes / 16) * 16;
+      const int64_t k = slab * S::slab + byte / int(sizeof(X));
+      const bool inside = slab < last && k < l.columns && m0 + row < a.m;
+      const X* from = static_cast<const X*>(a.x) + (inside ? (m0 + row) * l.columns + k : 0);
+      if (S::x_pieces % product_threads != 0 && piece >= S::x_pieces) continue;
+      if constexpr (async)
+        copy_16<level>(x_stage(slab) + row * S::pitch + byte, from, inside);
+      else
+        x_next[i] = inside ? load<4>(reinterpret_cast<const uint32_t*>(from)) : Words{};
+    }
+#pragma unroll
+    for (int i = 0; i < S::w_loads; ++i) {
+      const int64_t step = slab * S::steps + i / S::lane_words;
+      const bool inside = slab < last && step < steps;
+      const uint32_t* from =
+          words + (inside ? (step * 4 * S::lane_words + i % S::lane_words) * panel_rows : 0);
+      if constexpr (async)
+        copy_16<level>(w_stage(slab) + i * product_threads * 16, from, inside);
+      else
+        w_next[i] = inside ? load<4>(from) : Words{};
+    }
+    end_copies<level>();
+  };
+  const auto land = [&](int64_t slab) {
+    if constexpr (async) {
+      wait_for_copies<level, S::stages - 2>();
+#pragma unroll
+      for (int i = 0; i < S::w_loads; ++i)  // a thread reads what it copied itself
+        w[i] = load<4>(reinterpret_cast<uint32_t*>(w_stage(slab) + i * product_threads * 16));
+    } else {
+#pragma unroll
+      for (int i = 0; i < S::x_loads; ++i) {
+        const int piece = int(threadIdx.x) + i * product_threads;
+        if (S::x_pieces % product_threads != 0 && piece >= S::x_pieces) continue;
+        const int row = piece / (S::row_bytes / 16), byte = piece % (S::row_bytes / 16) * 16;
+        store(reinterpret_cast<uint32_t*>(x_stage(slab) + row * S::pitch + byte), x_next[i]);
+      }
+#pragma unroll
+      for (int i = 0; i < S::w_loads; ++i) w[i] = w_next[i];
+    }
+    __syncthreads();
+  };
+
+  float total[tiles][4][4] = {};
+  Sum sum[tiles][4][4] = {};
+  int32_t x_sum[tiles][2] = {};  // of codes over the group so far, this lane's columns
+  uint32_t zero[4] = {};
+  RawScales scales = {};
+  // The group's sums into the total.
+  const auto flush = [&](int64_t group) {
+    if constexpr (S::integer) {
+      const Vector<uint8_t, 8> z = load<8>(a.zero_point + out_scale + group * panel_rows);
+#pragma unroll
+      for (int mt = 0; mt < tiles; ++mt)
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          int32_t s = x_sum[mt][h];
+          s += __shfl_xor_sync(full_warp, s, 1);
+          s += __shfl_xor_sync(full_warp, s, 2);
+          const int64_t row = m0 + mt * 16 + h * 8 + g;
+          const int32_t za = a.x_zero && row < a.m ? a.x_zero[row] : 0;
+#pragma unroll
+          for (int i = 0; i < 4; ++i)
+#pragma unroll
+            for (int e = 0; e < 2; ++e) {
+              int32_t v = sum[mt][i][2 * h + e] - int32_t(z.v[4 * e + i]) * s;
+              // Of a single group in parts, the first part takes the whole of the code sum.
+              if (a.x_zero && split == 0)
+                v -= za * a.code_sum[out_scale + group * panel_rows + 4 * e + i];
+              float& to = total[mt][i][2 * h + e];
+              if (a.splits > 1)  // a part of the only group: exact, so as int32
+                to = float_of(uint32_t(v));
+              else
+                to += float(v) * scale_at(scales, a.scale_dtype, 4 * e + i);
+              sum[mt][i][2 * h + e] = 0;
+            }
+          x_sum[mt][h] = 0;
+        }
+    } else {
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const float s = scale_at(scales, a.scale_dtype, 4 * e + i);
+#pragma unroll
+          for (int mt = 0; mt < tiles; ++mt)
+#pragma unroll
+            for (int h = 0; h < 2; ++h) {
+              total[mt][i][2 * h + e] += sum[mt][i][2 * h + e] * s;
+              sum[mt][i][2 * h + e] = 0.0f;
+            }
+        }
+    }
+  };
+
+#pragma unroll
+  for (int s = 0; s < S::stages - 1; ++s) fetch(first + s);
+  for (int64_t slab = first; slab < last; ++slab) {
+    land(slab);
+    fetch(slab + S::stages - 1);
+    const unsigned char* const x = x_stage(slab);
+#pragma unroll
+    for (int c = 0; c < S::steps; ++c) {
+      const int64_t step = slab * S::steps + c;
+      if (step >= steps) break;
+      const int64_t group = step / group_steps;
+      if (step % group_steps == 0 || (slab == first && c == 0)) {
+        scales = load_scales(a.scale, a.scale_dtype, out_scale + group * panel_rows);
+        if constexpr (!S::integer) {
+          const Vector<uint8_t, 4> z = load<4>(a.zero_point + in_zero + group * panel_rows);
+#pragma unroll
+          for (int i = 0; i < 4; ++i) zero[i] = half_1024 | z.v[i] | uint32_t(z.v[i]) << 16;
+        }
+      }
+      Words step_words[S::lane_words];
+#pragma unroll
+      for (int i = 0; i < S::lane_words; ++i) step_words[i] = w[c * S::lane_words + i];
+#pragma unroll
+      for (int eight = 0; eight < S::lane_columns / 8; ++eight) {
+        constexpr int registers = 2 * int(sizeof(X));  // that hold eight columns of x
+        Vector<uint32_t, registers> left[tiles][2];
+#pragma unroll
+        for (int mt = 0; mt < tiles; ++mt)
+#pragma unroll
+          for (int h = 0; h < 2; ++h) {
+            const int column = c * S::step + t * S::lane_columns + 8 * eight;
+            const unsigned char* from =
+                x + (mt * 16 + h * 8 + g) * S::pitch + column * int(sizeof(X));
+            left[mt][h] = load<registers>(reinterpret_cast<const uint32_t*>(from));
+            if constexpr (S::integer)
+              x_sum[mt][h] = __dp4a(int(left[mt][h].v[0]), 0x01010101,
+                                    __dp4a(int(left[mt][h].v[1]), 0x01010101, x_sum[mt][h]));
+          }
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const uint32_t quad[2] = {quad_of_row<bits>(step_words, i, 2 * eight),
+                                    quad_of_row<bits>(step_words, i, 2 * eight + 1)};
+          if constexpr (S::integer) {
+#pragma unroll
+            for (int mt = 0; mt < tiles; ++mt) {
+              const uint32_t rows[4] = {left[mt][0].v[0], left[mt][1].v[0], left[mt][0].v[1],
+                                        left[mt][1].v[1]};
+              multiply<level>(sum[mt][i], rows, quad);
+            }
+          } else {
+#pragma unroll
+            for (int j = 0; j < 2; ++j) {  // columns 0, 2 of the quad, then 1, 3
+              const uint32_t right[2] = {centred<X>(quad[j], zero[i]),
+                                         centred<X>(quad[j] >> 8, zero[i])};
+#pragma unroll
+              for (int mt = 0; mt < tiles; ++mt) {
+                const uint32_t *p = left[mt][0].v + 2 * j, *q = left[mt][1].v + 2 * j;
+                const uint32_t rows[4] = {
+                    __byte_perm(p[0], p[1], 0x5410), __byte_perm(q[0], q[1], 0x5410),
+                    __byte_perm(p[0], p[1], 0x7632), __byte_perm(q[0], q[1], 0x7632)};
+                multiply<level, X>(sum[mt][i], rows, right);
+              }
+            }
+          }
+        }
+      }
+      const bool ends = (step + 1) % group_steps == 0;
+      if (ends || step + 1 == steps || (slab + 1 == last && c + 1 == S::steps)) flush(group);
+    }
+  }
+
+#pragma unroll
+  for (int mt = 0; mt < tiles; ++mt)
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int64_t row = m0 + mt * 16 + h * 8 + g, n = pair * warp_rows + 8 * t;
+      float v[8];
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+#pragma unroll
+        for (int e = 0; e < 2; ++e) v[packed_row(e, i)] = total[mt][i][2 * h + e];
+      put_eight(a, v, row, n, split);
+    }
+}
+
+}  // namespace fewbit::cuda

@@ -1,0 +1,55 @@
+// Units of the packed layout (fewbit/layout.h) in registers, four codes of a quad at a time.
+#pragma once
+#include "device.h"
+#include "fewbit/layout.h"
+
+namespace fewbit::cuda {
+
+// Columns [start, start + n) of a row lie in unit u; n is short at the end of a group.
+struct UnitSpan {
+  int64_t start, n;
+};
+FEWBIT_ALWAYS_INLINE UnitSpan unit_span(const PackedLayout& l, int64_t u) {
+  const int64_t group = u / l.group_units();
+  const int64_t first = (u - group * l.group_units()) * unit_columns(l.bits);
+  const int64_t start = group * l.group_size + first;
+  const int64_t left = l.group_size - first, rest = l.columns - start;
+  const int64_t n = left < rest ? left : rest;
+  return {start, n < unit_columns(l.bits) ? n : unit_columns(l.bits)};
+}
+
+template <int bits>
+FEWBIT_ALWAYS_INLINE uint32_t code_mask() {
+  return 0x01010101u * ((1u << bits) - 1u);
+}
+
+// Codes of columns 4 j .. 4 j + 3 of the unit in `word`, one per byte.
+template <int bits>
+FEWBIT_ALWAYS_INLINE uint32_t quad_of(const uint32_t* word, int j) {
+  if constexpr (bits == 3)
+    return (word[j / 4] >> 2 * (j % 4) & 0x03030303u) | (word[2] >> j & 0x01010101u) << 2;
+  else if constexpr (bits == 8)
+    return word[0];
+  else
+    return word[0] >> bits * j & code_mask<bits>();
+}
+
+// The reverse; the unit's words lie 16 words apart.
+template <int bits>
+FEWBIT_ALWAYS_INLINE void put_quads(const uint32_t* quad, uint32_t* unit) {
+  if constexpr (bits == 3) {
+    uint32_t low[2] = {0, 0}, top = 0;
+    for (int j = 0; j < 8; ++j) {
+      low[j / 4] |= (quad[j] & 0x03030303u) << 2 * (j % 4);
+      top |= (quad[j] >> 2 & 0x01010101u) << j;
+    }
+    unit[0] = low[0];
+    unit[panel_rows] = low[1];
+    unit[2 * panel_rows] = top;
+  } else {
+    uint32_t word = 0;
+    for (int j = 0; j < 8 / bits; ++j) word |= quad[j] << bits * j;
+    unit[0] = word;
+  }
+}
+}  // namespace fewbit::cuda

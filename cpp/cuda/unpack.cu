@@ -1,0 +1,46 @@
+#include "fewbit/unpack.h"
+#include "units.h"
+
+namespace fewbit::cuda {
+
+constexpr int unpack_threads = 256;
+
+template <int bits>
+__global__ void unpack(Unpack a) {
+  constexpr int columns = int(unit_columns(bits));
+  const PackedLayout& l = a.layout;
+  const int64_t panel = blockIdx.x, r = threadIdx.x % panel_rows, row = panel * panel_rows + r;
+  if (row >= l.rows) return;
+  const uint32_t* in = a.packed + panel * l.panel_words() + r;
+  for (int64_t u = threadIdx.x / panel_rows; u < l.units(); u += unpack_threads / panel_rows) {
+    uint32_t word[unit_words(bits)];
+#pragma unroll
+    for (int i = 0; i < unit_words(bits); ++i)
+      word[i] = in[(u * unit_words(bits) + i) * panel_rows];
+    const UnitSpan span = unit_span(l, u);
+    uint8_t* q = a.q + row * l.columns + span.start;
+#pragma unroll
+    for (int i = 0; i < columns; ++i)
+      if (i < span.n) q[i] = uint8_t(quad_of<bits>(word, i / 4) >> 8 * (i % 4));
+  }
+  for (int64_t g = threadIdx.x / panel_rows; g < l.groups(); g += unpack_threads / panel_rows) {
+    const int64_t from = (panel * l.groups() + g) * panel_rows + r, to = row * l.groups() + g;
+    a.zero_point[to] = a.panel_zero_point[from];
+    if (a.scale_bytes == 4)
+      static_cast<uint32_t*>(a.scale)[to] = static_cast<const uint32_t*>(a.panel_scale)[from];
+    else
+      static_cast<uint16_t*>(a.scale)[to] = static_cast<const uint16_t*>(a.panel_scale)[from];
+  }
+}
+
+const char* launch(const Unpack& a, Place place) {
+  const dim3 grid(unsigned(a.layout.panels()));
+  switch (a.layout.bits) {
+    case 2: return start(&unpack<2>, grid, unpack_threads, 0, place, a);
+    case 3: return start(&unpack<3>, grid, unpack_threads, 0, place, a);
+    case 4: return start(&unpack<4>, grid, unpack_threads, 0, place, a);
+    default: return start(&unpack<8>, grid, unpack_threads, 0, place, a);
+  }
+}
+
+}  // namespace fewbit::cuda

@@ -1,0 +1,199 @@
+"""CUDA sources without a GPU: index maps on the host, and what nvcc makes of every kernel."""
+
+import re
+import shutil
+import subprocess
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCES = sorted((ROOT / "cpp" / "cuda").glob("*.cu"))
+ARCHITECTURES = (75, 80, 86, 89, 90)
+FLAGS = [
+    "-std=c++20", "-O3", "--fmad=false", f"-I{ROOT / 'cpp' / 'include'}",
+    "-Werror=all-warnings", "-Xcompiler=-Wall,-Wextra,-Werror", "-Xptxas=-v,-warn-spills,-Werror",
+]  # fmt: skip
+
+
+def tool(name):
+    """A program of the CUDA toolkit, from PATH or from the pip packages of the extra `cuda`."""
+    packaged = sorted(Path(sys.prefix).glob(f"lib/python*/site-packages/nvidia/*/bin/{name}"))
+    return shutil.which(name) or (str(packaged[-1]) if packaged else None)
+
+
+# ---- index maps ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def maps(tmp_path_factory):
+    """name -> {key: value}, as printed by the program that includes the kernels' headers."""
+    compiler = shutil.which("c++")
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    program = tmp_path_factory.mktemp("maps") / "maps"
+    subprocess.run(
+        [compiler, "-std=c++20", f"-I{ROOT / 'cpp' / 'include'}", "-Wno-unknown-pragmas",
+         str(ROOT / "tests" / "cuda_maps.cpp"), str(ROOT / "cpp" / "cuda" / "emulate.cpp"),
+         "-o", str(program)],
+        check=True,
+    )  # fmt: skip
+    printed = subprocess.run([program], capture_output=True, text=True, check=True).stdout
+    found = defaultdict(dict)
+    for line in printed.splitlines():
+        left, right = line.split(" = ")
+        name, *key = left.split()
+        key = tuple(int(k) if k.isdigit() else k for k in key)
+        found[name][key] = tuple(int(v) for v in right.split())
+    return found
+
+
+def test_fragments_are_those_of_the_instruction_set(maps):
+    """PTX ISA 9, matrix fragments for mma.m16n8k16 (f16) and mma.m16n8k32 (s8, u8), as written
+    there: groupID = lane >> 2, threadID_in_group = lane % 4."""
+    for (lane, i), (row, column) in maps["a16"].items():
+        group, thread = lane >> 2, lane % 4
+        assert row == (group if i in (0, 1, 4, 5) else group + 8)
+        assert column == thread * 2 + (i & 1) + (8 if i >= 4 else 0)
+    for (lane, i), (row, column) in maps["b16"].items():
+        assert row == (lane % 4) * 2 + (i & 1) + (8 if i >= 2 else 0) and column == lane >> 2
+    for (lane, i), (row, column) in maps["a8"].items():
+        group, thread = lane >> 2, lane % 4
+        assert row == (group if i < 4 or 8 <= i < 12 else group + 8)
+        assert column == thread * 4 + (i & 3) + (16 if i >= 8 else 0)
+    for (lane, i), (row, column) in maps["b8"].items():
+        assert row == (lane % 4) * 4 + (i & 3) + (16 if i >= 4 else 0) and column == lane >> 2
+    for (lane, i), (row, column) in maps["c32"].items():
+        assert row == (lane >> 2) + (8 if i >= 2 else 0) and column == (lane % 4) * 2 + (i & 1)
+
+
+@pytest.mark.parametrize(
+    "name, rows, columns",
+    [("a16", 16, 16), ("b16", 16, 8), ("a8", 16, 32), ("b8", 32, 8), ("c32", 16, 8)],
+)
+def test_every_element_of_a_fragment_is_held_once(maps, name, rows, columns):
+    cells = list(maps[name].values())
+    assert len(cells) == len(set(cells)) == rows * columns
+    assert set(cells) == {(r, c) for r in range(rows) for c in range(columns)}
+
+
+def test_a_lane_ends_with_eight_neighbouring_columns(maps):
+    rows = {key: value[0] for key, value in maps["packed_row"].items()}
+    assert sorted(rows.values()) == list(range(32))
+    for thread in range(4):
+        mine = [rows[maps["c32"][thread, e][1], i] for e in (0, 1) for i in range(4)]
+        assert mine == list(range(8 * thread, 8 * thread + 8))
+    # What lane (g, t) loads, rows 4 (g % 4) + i of panel g / 4, is position g of tile i.
+    for group in range(8):
+        assert [rows[group, i] for i in range(4)] == [
+            16 * (group // 4) + 4 * (group % 4) + i for i in range(4)
+        ]
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_units_hold_what_the_packed_layout_says(maps, bits):
+    """Against reference.pack: one code of a unit set, all bits of it."""
+    import torch
+
+    from fewbit import reference
+
+    columns = reference.unit_columns(bits)
+    for k in range(columns):
+        q = torch.zeros(1, columns, dtype=torch.uint8)
+        q[0, k] = 2**bits - 1
+        scale, zero = torch.ones(1, 1), torch.zeros(1, 1, dtype=torch.uint8)
+        words = reference.pack(q, scale, zero, bits, -1)[0].reshape(-1, 16)[:, 0].tolist()
+        words = [w % 2**32 for w in words] + [0, 0]
+        printed = maps["unit"][bits, k]
+        assert list(printed[:3]) == words[:3]
+        quads = [0] * (columns // 4)
+        quads[k // 4] = (2**bits - 1) << 8 * (k % 4)
+        assert list(printed[3:]) == quads
+
+
+def test_shared_places_are_a_permutation_without_bank_conflicts(maps):
+    place = [maps["shared_place"][e,][0] for e in range(4096)]
+    assert sorted(place) == list(range(4096))
+    assert all(p // 4 == place[e - e % 4] // 4 for e, p in enumerate(place))  # 16 bytes together
+
+
+def test_lanes_read_x_from_different_banks(maps):
+    """The lanes that one cycle serves (8 of 16 bytes, 16 of 8) touch each bank once."""
+    for (x, bits, _, _), (columns, _, _, _, pitch, _, _) in maps["shape"].items():
+        if columns != 8:
+            continue
+        size = 2 if x == "half" else 1
+        width = 8 * size
+        for first in range(0, 32, 128 // width):
+            banks = [
+                (lane // 4 * pitch + lane % 4 * columns * size) // 4 % 32 + word
+                for lane in range(first, first + 128 // width)
+                for word in range(width // 4)
+            ]
+            assert len(set(banks)) == 32, (x, bits)
+
+
+def test_blocks_fit_every_card(maps):
+    for (_, _, _, level), (*_, shared) in maps["shape"].items():
+        assert shared <= (64 if level == 75 else 99) * 1024
+
+
+# ---- what nvcc makes of them ---------------------------------------------------------------------
+
+
+def compile_for(architecture, source, folder):
+    nvcc = tool("nvcc")
+    cubin = folder / f"{source.stem}.{architecture}.cubin"
+    done = subprocess.run(
+        [nvcc, *FLAGS, f"-gencode=arch=compute_{architecture},code=sm_{architecture}",
+         "-cubin", "-o", str(cubin), str(source)],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    for spills in re.findall(r"(\d+) bytes spill", done.stderr):
+        assert spills == "0", done.stderr[-3000:]
+    return cubin
+
+
+def instructions(cubin):
+    text = subprocess.run([tool("nvdisasm"), "-c", cubin], capture_output=True, text=True).stdout
+    return set(re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]+)", text, re.M))
+
+
+def check_instructions(architecture, cubins):
+    found = {name: instructions(cubin) for name, cubin in cubins.items()}
+    for name, used in found.items():
+        assert not {i for i in used if i.startswith(("LDL", "STL"))}, (name, "uses local memory")
+    product = found["product"]
+    if architecture == 75:
+        assert {"HMMA.1688.F32", "IMMA.8816.S8.U8"} <= product
+        assert not any(i.startswith("LDGSTS") for i in product)
+    else:
+        assert {"HMMA.16816.F32", "HMMA.16816.F32.BF16", "IMMA.16832.S8.U8"} <= product
+        assert any(i.startswith("LDGSTS") and i.endswith("128") for i in product)
+    for name in ("product", "pseudo_quantize", "quantize_per_token"):
+        assert any(i.startswith("LDG.E.128") for i in found[name]), (name, "no 16-byte loads")
+
+
+needs_nvcc = pytest.mark.skipif(
+    tool("nvcc") is None, reason="no nvcc: pip install 'fewbit[cuda]', or a CUDA toolkit on PATH"
+)
+
+
+@needs_nvcc
+def test_compiles_for_a_t4_without_warnings_or_spills(tmp_path):
+    cubins = {s.stem: compile_for(75, s, tmp_path) for s in SOURCES}
+    if tool("nvdisasm"):
+        check_instructions(75, cubins)
+
+
+@pytest.mark.slow
+@needs_nvcc
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_compiles_for_every_card(tmp_path, architecture):
+    cubins = {s.stem: compile_for(architecture, s, tmp_path) for s in SOURCES}
+    if tool("nvdisasm"):
+        check_instructions(architecture, cubins)
