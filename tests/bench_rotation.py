@@ -1,24 +1,22 @@
 """What rotations do for 4-bit activations: perplexity and outliers, over seeds.
 
-    python tests/bench_rotation.py [--seeds 3] [--windows 64] [--steps 60] [--models NAME ...]
+    python tests/bench_rotation.py [--models NAME ..] [--seeds 3] [--rows LABEL ..]
+        [--results FILE] [--text held-out] [--plot FILE.png]
 
-Perplexity of the shared small models (../shared/models/README.md: books_test.txt, windows of 256
-tokens, no BOS, float32) with per-token 4-bit activations and 4-bit weights, one scale per row.
-Calibration: the first 32 windows of books_calibration.txt. Exits with 1 where an expected order
-does not hold: RTN > QuaRot+RTN > QuaRot+GPTQ >= SpinQuant+GPTQ, by means over seeds.
+Per-token 4-bit activations and 4-bit weights with one scale per row; protocol: small_models.py.
+With ``--results`` what was measured is kept, and another call goes on where this one stopped; so
+pieces (``--models``, ``--rows``, ``--seeds``) can run on their own. Exits with 1 where an expected
+order does not hold: RTN > QuaRot+RTN > QuaRot+GPTQ >= SpinQuant+GPTQ, by means over seeds, or where
+an input whose largest number was above 50 times the mean stays above 10 by token.
 """
 
 import argparse
-import os
 import statistics
 import sys
-from pathlib import Path
 
 import torch
-import transformers
 
-from fewbit.calibrate import cut, read_text, tokenize
-from fewbit.evaluate import perplexity
+import small_models
 from fewbit.pipeline import quantize_
 from fewbit.recipes import METHODS, Recipe
 from fewbit.rotation import outlier_ratios, rotate_
@@ -28,103 +26,127 @@ from fewbit.transforms.activations import QuantizeActivations
 from fewbit.transforms.rotate import Rotate
 from fewbit.transforms.spinquant import SpinQuant
 
-SHARED = Path(os.environ.get("FEWBIT_SHARED", Path(__file__).resolve().parents[2] / "shared"))
 MODELS = ["opt-tiny-outliers", "llama-tiny-outliers"]
+KIND = "random-hadamard"
+ORDER = ["RTN", "QuaRot+RTN", "QuaRot+GPTQ", "SpinQuant+GPTQ"]
+UNSEEDED = ("RTN", "GPTQ")
 
 
-def load(name):
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        SHARED / "models" / name, dtype=torch.float32
-    )
-    return model.eval().requires_grad_(False)
-
-
-def tokens(name, file):
-    tokenizer = transformers.AutoTokenizer.from_pretrained(SHARED / "models" / name)
-    return tokenize(read_text(SHARED / "data" / file), tokenizer)
-
-
-def recipes(seed, steps):
-    """(label, recipe, whether it depends on the seed) in the order of the table."""
+def recipes(seed: int) -> dict[str, Recipe]:
+    """By label, in the order of the table."""
     scheme, kv = Scheme.parse("w4a4"), Scheme.parse("w4a4kv4")
-    gptq = METHODS["gptq"](scheme).solver
+    rtn, gptq = RTN(), METHODS["gptq"](scheme).solver
     last = QuantizeActivations()
-    kinds = {"r1": "random-hadamard", "r2": "random-hadamard", "r4": "random-hadamard"}
-    rotate = Rotate(**kinds, seed=seed)
-    rotate_kv = Rotate(**kinds, r3="hadamard", seed=seed)
-    learn = {"steps": steps, "seed": seed}
-    return [
-        ("RTN", Recipe("rtn", scheme, (last,), RTN()), False),
-        ("GPTQ", Recipe("gptq", scheme, (last,), gptq), False),
-        ("QuaRot+RTN", Recipe("quarot", scheme, (rotate, last), RTN()), True),
-        ("QuaRot+GPTQ", Recipe("quarot+gptq", scheme, (rotate, last), gptq), True),
-        ("SpinQuant+RTN",
-         Recipe("spinquant", scheme, (SpinQuant(**learn, weights=True), last), RTN()), True),
-        ("SpinQuant+GPTQ",
-         Recipe("spinquant+gptq", scheme, (SpinQuant(**learn), last), gptq), True),
-        ("QuaRot+GPTQ KV4", Recipe("quarot+gptq", kv, (rotate_kv, last), gptq), True),
-    ]
+    kinds = {"r1": KIND, "r2": KIND, "r4": KIND, "seed": seed}
+    quarot, quarot_kv = Rotate(**kinds), Rotate(**kinds, r3="hadamard")
+    spin_rtn = SpinQuant(seed=seed, weights=True)
+    spin, spin_kv = SpinQuant(seed=seed), SpinQuant(seed=seed, r3="hadamard")
+    rows = {
+        "RTN": (scheme, (last,), rtn),
+        "GPTQ": (scheme, (last,), gptq),
+        "QuaRot+RTN": (scheme, (quarot, last), rtn),
+        "QuaRot+GPTQ": (scheme, (quarot, last), gptq),
+        "SpinQuant+RTN": (scheme, (spin_rtn, last), rtn),
+        "SpinQuant+GPTQ": (scheme, (spin, last), gptq),
+        "QuaRot+GPTQ KV4": (kv, (quarot_kv, last), gptq),
+        "SpinQuant+GPTQ KV4": (kv, (spin_kv, last), gptq),
+    }
+    return {label: Recipe(label, *parts) for label, parts in rows.items()}
 
 
-def rotated(name):
-    model = load(name)
-    rotate_(model, r1="random-hadamard", r2="random-hadamard", r4="random-hadamard")
-    return model
+def measure(name: str, label: str, seed: int, arguments) -> float:
+    bench = small_models.load(name, text=arguments.text)
+    recipe = recipes(seed)[label]
+    quantize_(bench.model, recipe, calibration=bench.calibration, keep_float=False, progress=False)
+    return bench.score(arguments.windows)
 
 
-def outliers(name, ids):
+def table(name: str, arguments, results: small_models.Results) -> bool:
+    """Print the perplexities; True when the expected order holds in what was measured."""
+    protocol = f"{name}, {arguments.text}, {arguments.windows} windows"
+    base = results.get(
+        f"{protocol}, float", lambda: small_models.load(name, text=arguments.text).score(
+            arguments.windows)
+    )
+    print(f"\n{protocol}: float {base:.2f}", flush=True)
+    print("| method | mean | spread | seeds |\n|---|---|---|---|")
+    means = {}
+    for label in arguments.rows:
+        values = [
+            results.get(f"{protocol}, {label}, seed {seed}",
+                        lambda seed=seed, label=label: measure(name, label, seed, arguments))
+            for seed in ((0,) if label in UNSEEDED else arguments.seeds)
+        ]
+        means[label] = statistics.mean(values)
+        spread = f"{statistics.stdev(values):.2f}" if len(values) > 1 else ""
+        shown = ", ".join(f"{v:.2f}" for v in values)
+        print(f"| {label} | {means[label]:.2f} | {spread} | {shown} |", flush=True)
+    order = [label for label in ORDER if label in means]
+    return all(means[a] >= means[b] for a, b in zip(order, order[1:], strict=False))
+
+
+def ratios(name: str) -> tuple[dict, dict]:
+    bench = small_models.load(name)
+    ids = bench.tokens[: 8 * 256].reshape(8, 256)
+    before = outlier_ratios(bench.model, ids)
+    rotate_(bench.model, r1=KIND, r2=KIND, r4=KIND)
+    return before, outlier_ratios(bench.model, ids)
+
+
+def outliers(name: str, plot: str | None) -> bool:
     """Table of activation ratios before and after; True when each linear above 50 falls below 10
     by token. Over all numbers the norms of tokens differ, which no rotation changes: counted."""
-    before, after = outlier_ratios(load(name), ids), outlier_ratios(rotated(name), ids)
-    print(f"\n{name}: max / mean of the inputs, before -> after (all | by token | by channel)")
+    before, after = ratios(name)
+    print(f"\n{name}: max / mean of the inputs, before -> after")
+    print("| linear | all numbers | by token | by channel |\n|---|---|---|---|")
     for path, b in before.items():
-        cells = " | ".join(f"{x:6.1f} -> {y:5.1f}" for x, y in zip(b, after[path], strict=True))
-        print(f"  {path:44} {cells}")
+        pairs = zip(b, after[path], strict=True)
+        print(f"| {path} | " + " | ".join(f"{x:.1f} -> {y:.1f}" for x, y in pairs) + " |")
     high = [path for path, b in before.items() if b[0] > 50]
-    low = [path for path in high if after[path][0] < 10]
-    print(f"  above 50 before: {len(high)} linears, below 10 after: {len(low)} over all numbers, "
+    print(f"above 50 before: {len(high)} linears; below 10 after: "
+          f"{sum(after[p][0] < 10 for p in high)} over all numbers, "
           f"{sum(after[p][1] < 10 for p in high)} by token")
+    if plot:
+        draw(name, before, after, plot)
     return all(after[path][1] < 10 for path in high)
 
 
-def table(name, arguments):
-    test, calibration = tokens(name, "books_test.txt"), tokens(name, "books_calibration.txt")
-    data = cut(calibration, 256, 32, "books_calibration.txt")
-    score = {"window": 256, "limit": arguments.windows, "batch": 8}
-    print(f"\n{name}: float {float(perplexity(load(name), test, **score)):.2f}", flush=True)
-    means = {}
-    for i, (label, _, seeded) in enumerate(recipes(0, arguments.steps)):
-        values = []
-        for seed in range(arguments.seeds if seeded else 1):
-            model = load(name)
-            recipe = recipes(seed, arguments.steps)[i][1]
-            quantize_(model, recipe, calibration=data, keep_float=False, progress=False)
-            values.append(float(perplexity(model, test, **score)))
-        means[label] = statistics.mean(values)
-        spread = f"+- {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-        shown = ", ".join(f"{v:.2f}" for v in values)
-        print(f"  {label:16} {means[label]:10.2f} {spread:8} ({shown})", flush=True)
-    order = ["RTN", "QuaRot+RTN", "QuaRot+GPTQ", "SpinQuant+GPTQ"]
-    return all(means[a] >= means[b] for a, b in zip(order, order[1:], strict=False))
+def draw(name: str, before: dict, after: dict, path: str) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(9, 4), layout="constrained")
+    for values, label in ((before, "as it is"), (after, "rotated")):
+        axes.semilogy([v[1] for v in values.values()], "o-", label=label)
+    axes.axhline(10, color="grey", linewidth=0.8)
+    axes.set(title=name, xlabel="linear", ylabel="largest over mean input, by token")
+    axes.legend()
+    figure.savefig(path.replace(".png", f"-{name}.png"))
+    plt.close(figure)
 
 
 def main():
     parser = argparse.ArgumentParser()
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--windows", type=int, default=64)
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--models", nargs="+", default=MODELS)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--rows", nargs="+", default=list(recipes(0)), choices=list(recipes(0)))
+    parser.add_argument("--windows", type=int, default=64)
+    parser.add_argument("--text", default="test", choices=small_models.TEXTS)
+    parser.add_argument("--results", help="a JSON file to go on from")
+    parser.add_argument("--plot", help="FILE.png: one picture of the ratios per model")
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
+    torch.set_num_threads(1)  # every number is the same on any machine with the same libraries
+    results = small_models.Results(arguments.results)
     good = True
     for name in arguments.models:
-        ids = tokens(name, "books_test.txt")[: 8 * 256].reshape(8, 256)
-        good &= outliers(name, ids)
-        good &= table(name, arguments)
+        good &= table(name, arguments, results)
+    for name in arguments.models:
+        good &= outliers(name, arguments.plot)
     print("\nall orders hold" if good else "\nan expected order does not hold")
-    sys.exit(0 if good else 1)
+    return 0 if good else 1
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -53,6 +53,19 @@ def test_a_wrong_fold_names_its_layer(twin, monkeypatch):
     assert edges.apply_scale is not wrong
 
 
+class ForgetsOneFold(FoldNorm):
+    def layer(self, layer, context):
+        if context.index != 1:
+            super().layer(layer, context)
+
+
+@pytest.mark.parametrize("twin", ["llama-gqa", "opt"])
+def test_a_rotation_with_a_broken_fold_names_its_layer(twin, monkeypatch):
+    monkeypatch.setattr(Rotate, "_fold", lambda self, family: ForgetsOneFold(False))
+    with pytest.raises(TransformError, match=r"layers.1 computes something else after Rotate"):
+        run(twin, Rotate())
+
+
 def test_a_wrong_head_is_named():
     class Bad(FoldNorm):
         def outside(self, model, family):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 
 import fewbit
 from fewbit.errors import CheckpointError, NotQuantizedError, UnsupportedError, UsageError
@@ -98,3 +99,21 @@ def test_shared_model_read_back_by_compressed_tensors(shared, tmp_path, name):
         state.pop("bias", None)
         weight = base.PackedQuantizationCompressor.decompress(state, theirs)["weight"]
         assert torch.equal(weight, model.get_submodule(linear).weight), linear
+
+
+@pytest.mark.parametrize("twin", ["gpt2", "mixtral", "qwen2-moe", "qwen3-moe"])
+def test_linearised_models_come_back(twin, tmp_path):
+    """Conv1D and fused experts are saved as the Linears that were quantised, and read as such."""
+    model = quantized(twin)
+    fewbit.save(model, tmp_path / "out")
+    back = fewbit.load(tmp_path / "out")
+    assert torch.equal(model(probe()).logits, back(probe()).logits)
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    assert torch.equal(model(probe()).logits, again(probe()).logits)
+    if twin == "gpt2":
+        model.save_pretrained(tmp_path / "hf")
+        again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
+        assert torch.equal(model(probe()).logits, again(probe()).logits)
+    else:
+        with pytest.raises(UnsupportedError, match="use fewbit.save"):
+            model.save_pretrained(tmp_path / "hf")

@@ -3,16 +3,19 @@
 import pytest
 import torch
 
-from fewbit.errors import UsageError
+from fewbit.errors import UnsupportedError, UsageError
 from fewbit.families import decoder_layers
-from fewbit.kv import OnlineKV, attach_kv, head_dim, kv_codes, kv_values, route_attention
+from fewbit.kv import OnlineKV, attach_kv, head_dim, kv_codes, kv_values
 from fewbit.kv_cache import QuantizedCache
+from fewbit.pipeline import quantize_
+from fewbit.recipes import Recipe
+from fewbit.scheme import Scheme
+from fewbit.transforms.activations import QuantizeActivations
 from tiny import probe, tiny
 
 
 def attached(name, **settings):
     model = tiny(name)
-    route_attention(model)
     for layer in decoder_layers(model):
         attach_kv(layer.self_attn, head_dim(model.config), **settings)
     return model
@@ -44,7 +47,6 @@ def test_rotation_alone_changes_nothing(name, implementation):
     model = tiny(name, torch.float64)
     model.config._attn_implementation = implementation
     before = model(probe()).logits
-    route_attention(model)
     for layer in decoder_layers(model):
         attach_kv(layer.self_attn, head_dim(model.config), rotate=True)
     # eager attention takes its softmax in float32
@@ -94,3 +96,16 @@ def test_generate(beams):
 def test_refuses_bits():
     with pytest.raises(UsageError, match="16 .float. or in 2..8, got 9"):
         OnlineKV(8, bits=9)
+
+
+@pytest.mark.parametrize("twin", ["falcon-7b", "falcon-rw", "bloom"])
+@torch.no_grad()
+def test_attention_of_its_own_is_refused_or_left_alone(twin):
+    """Keys and values cannot be reached there; quantised activations need not touch them."""
+    model, ids, last = tiny(twin), probe(), (QuantizeActivations(),)
+    before = model(ids).logits
+    with pytest.raises(UnsupportedError, match=f"for {type(model).__name__}: its attention"):
+        quantize_(model, Recipe("kv", Scheme.parse("w8a8kv4"), last), progress=False)
+    assert torch.equal(model(ids).logits, before)
+    quantize_(model, Recipe("w8a8", Scheme.parse("w8a8"), last), progress=False)
+    assert float((model(ids).logits - before).norm() / before.norm()) < 0.1

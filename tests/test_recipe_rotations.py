@@ -1,31 +1,33 @@
 """quarot and spinquant through the pipeline: patched, restored, saved as ordinary weights."""
 
+import json
+
 import pytest
 import torch
+import transformers
 
 from fewbit import recipes
 from fewbit.calibrate import Windows
-from fewbit.checkpoint import save
-from fewbit.errors import CalibrationError, UnsupportedError, UsageError
-from fewbit.families import decoder_layers, describe
+from fewbit.checkpoint import load, save
+from fewbit.errors import CalibrationError, CheckpointError, UnsupportedError, UsageError
+from fewbit.families import describe
 from fewbit.linear import PackedLinear
 from fewbit.linearise import linearise
 from fewbit.online import ActivationQuant, clipped_grid, online_paths
 from fewbit.pipeline import quantize_
+from fewbit.rotation import apply_
+from fewbit.runtime import settings
 from fewbit.scheme import Scheme
-from fewbit.transforms import LayerContext, ranges
+from fewbit.transforms import ranges
 from fewbit.transforms.rotate import Rotate
-from fewbit.transforms.spinquant import SpinQuant, Stiefel
+from fewbit.transforms.spinquant import SpinQuant
+from fewbit.transforms.stiefel import Stiefel
 from fewbit.undo import restore_
 from tiny import probe, tiny
 
 
 def apply(model, transform):
-    family = describe(model)
-    linearise(model, family)
-    transform.outside(model, family)
-    for index, layer in enumerate(decoder_layers(model, family)):
-        transform.layer(layer, LayerContext(index, family, model.config, Scheme(), {}))
+    apply_(model, transform)
     return model
 
 
@@ -191,9 +193,41 @@ def test_refusals():
         ActivationQuant(9)
 
 
-@pytest.mark.parametrize("scheme", ["w4a4", "w4a16kv4g16"])
-def test_a_checkpoint_never_loses_what_runs_beside_the_weights(tmp_path, scheme):
+@pytest.mark.parametrize("method, scheme", [
+    ("quarot", "w4a4"), ("quarot", "w4a8kv8"), ("quarot", "w4a16kv4g16"), ("spinquant", "w4a4kv4"),
+])
+@pytest.mark.parametrize("twin", ["opt", "llama-gqa"])
+def test_what_runs_beside_the_weights_is_saved_and_put_back(tmp_path, twin, method, scheme):
+    model = tiny(twin)
+    options = {} if method == "quarot" else {"steps": 1, "range_steps": 2}
+    quantize_(model, method, scheme, WINDOWS, progress=False, **options)
+    for refused in (lambda: save(model, tmp_path / "out"), lambda: model.save_pretrained(tmp_path)):
+        with pytest.raises(UnsupportedError, match="more at run time"):
+            refused()
+    save(model, tmp_path / "out", "fewbit")
+    again = load(tmp_path / "out")
+    with torch.no_grad():
+        assert torch.equal(again(probe()).logits, model(probe()).logits)
+    assert settings(again) == settings(model)
+    save(again, tmp_path / "twice", "fewbit")
+    first, second = (tmp_path / folder for folder in ("out", "twice"))
+    assert json.loads((first / "config.json").read_text()) == json.loads(
+        (second / "config.json").read_text())
+    weights = "model.safetensors"
+    assert (first / weights).read_bytes() == (second / weights).read_bytes()
+    with pytest.raises((KeyError, UnsupportedError), match="needs fewbit|load it with fewbit.load"):
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
+def test_a_damaged_section_is_refused(tmp_path):
     model = tiny("llama-gqa")
-    quantize_(model, "quarot", scheme, progress=False)
-    with pytest.raises(UnsupportedError, match="more at run time"):
-        save(model, tmp_path / "out", "fewbit")
+    quantize_(model, "quarot", "w4a4kv4", progress=False)
+    save(model, tmp_path / "out", "fewbit")
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    path = "model.layers.1.mlp.down_proj"
+    for slots in ({"online_hadamard": {"width": 12, "signs": False}}, {"online_quant": {"bits": 1}},
+                  {"other": {}}, {"online_quant": {"colour": 1}}, 3):
+        config["fewbit_online"][path] = slots
+        (tmp_path / "out/config.json").write_text(json.dumps(config))
+        with pytest.raises(CheckpointError, match="fewbit_online of config.json does not fit"):
+            load(tmp_path / "out")

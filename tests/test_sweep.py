@@ -1,90 +1,55 @@
-"""Every packed product on every small shape: M, N, K around each width of unit, vector and panel.
-
-The default run draws a sample; `pytest -m slow tests/test_sweep.py` takes every combination of
-shape, bits, group and type: half a minute to some minutes for an operator and an M, above an hour
-in all; `-k "w4a16_linear-17]"` takes one of them.
-"""
-
-import itertools
-import random
+"""sweep_: the curve is that of its own runs, the best value is used, and held-out text stays so."""
 
 import pytest
 import torch
 
-from fewbit import ops, reference
-from grids import DTYPES, PACKED_BITS
-from test_w4a16_linear import ROUND, check_product
+from fewbit import sweep_
+from fewbit.calibrate import Windows
+from fewbit.errors import CalibrationError, UsageError
+from fewbit.pipeline import quantize_
+from fewbit.sweep import held_out_perplexity
+from fewbit.undo import restore_
+from tiny import probe, tiny
 
-SIZES = [0, 1, 2, 3, 7, 8, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129]
-GROUPS = [-1, 8, 32, 5]
-
-
-def random_weight(n, k, bits, group_size):
-    """Any codes and zero points; scales 1 and 2, so that sums of products stay whole numbers."""
-    groups = -(-k // reference.resolve_group(group_size, k))
-    q = torch.randint(0, 2**bits, (n, k), dtype=torch.uint8)
-    z = torch.randint(0, 2**bits, (n, groups), dtype=torch.uint8)
-    return q, torch.randint(1, 3, (n, groups)).float(), z
+DATA = Windows([probe(1, 16, seed=s) for s in range(6)])
+ALPHAS = (0.1, 0.5, 0.9)
 
 
-def weight_of(codes, group_size, k):
-    q = codes[0]
-    return ops.dequantize(*codes, group_size).double() if k else q.double()
+def test_curve_and_choice():
+    model = tiny("opt")
+    report = sweep_(model, "smoothquant", "w4a4", DATA, option="alpha", values=ALPHAS, held_out=2,
+                    progress=False)
+    seen, unseen = Windows(DATA.batches[:4]), Windows(DATA.batches[4:])
+    assert report.calibration["sha256"] == seen.digest()
+    again, curve = tiny("opt"), []
+    for alpha in ALPHAS:
+        quantize_(again, "smoothquant", "w4a4", seen, alpha=alpha, progress=False)
+        curve.append(held_out_perplexity(again, unseen))
+        restore_(again)
+    assert report.sweep["perplexity"] == curve and len(set(curve)) == 3
+    assert report.sweep["float"] == held_out_perplexity(again, unseen)
+    best = ALPHAS[curve.index(min(curve))]
+    assert report.sweep["best"] == best and report.to_dict()["sweep"]["values"] == list(ALPHAS)
+    assert report.recipe["transforms"][0]["alpha"] == best
+    assert held_out_perplexity(model, unseen) == min(curve)
+    restore_(model)
+    assert torch.equal(model(probe()).logits, again(probe()).logits)
 
 
-def check_w4a16(m, n, k, bits, group_size, dtype):
-    check_product(m, n, k, bits, group_size, dtype, bias=bool((m + k) % 2))
+def test_padding_is_not_scored():
+    model, ids = tiny("llama-gqa"), probe(1, 12)
+    mask = torch.arange(12)[None] < 7
+    padded, short = Windows([ids], [mask]), Windows([ids[:, :7]])
+    assert held_out_perplexity(model, padded) == held_out_perplexity(model, short)
 
 
-def check_w8a8(m, n, k, bits, group_size, dtype):
-    """Integer sums are exact; float activations give what their codes give, rounded once."""
-    codes = random_weight(n, k, bits, group_size)
-    packed = ops.pack(*codes, bits, group_size)
-    x = torch.randn(m, k).to(dtype)
-    a, scale, _ = ops.quantize_per_token(x)
-    exact = (a.double() @ weight_of(codes, group_size, k).T).float()
-    ones = ops.w8a8_linear(a, *packed, None, n, bits, group_size, True, torch.ones(m))
-    assert torch.equal(ones, exact)
-    scaled = ops.w8a8_linear(a, *packed, None, n, bits, group_size, True, scale)
-    out = ops.w8a8_linear(x, *packed, None, n, bits, group_size)
-    assert torch.equal(scaled, exact * scale[:, None]) and torch.equal(out, scaled.to(dtype))
-
-
-def check_mixed(m, n, k, bits, group_size, dtype):
-    """The integer part of the other columns plus the float product of the outliers."""
-    if bits != 8:
-        return
-    codes = random_weight(n, k, 8, group_size)
-    packed, w = ops.pack(*codes, 8, group_size), weight_of(codes, group_size, k)
-    x = torch.randn(m, k).to(dtype)
-    outliers = torch.randperm(k)[: k // 3]
-    out = ops.int8_mixed_linear(x, *packed, None, n, group_size, 6.0, outliers)
-    inner, outer = x.clone(), torch.zeros_like(x)
-    inner[:, outliers], outer[:, outliers] = 0, x[:, outliers]
-    a, scale, _ = ops.quantize_per_token(inner)
-    a = a.double() * scale.double()[:, None]
-    want = a @ w.T + outer.double() @ w.T
-    size = (a.abs() + outer.double().abs()) @ w.abs().T
-    u = 2.0**-24
-    bound = (k + 4) * u * size + ROUND[dtype] * (want.abs() + (k + 4) * u * size) + 2.0**-25
-    assert bool(((out.double() - want).abs() <= bound).all())
-
-
-CHECKS = {"w4a16_linear": check_w4a16, "w8a8_linear": check_w8a8, "int8_mixed_linear": check_mixed}
-
-
-@pytest.mark.parametrize("op", CHECKS)
-def test_a_sample_of_shapes(isa, op):
-    draw = random.Random(f"{isa} {op}")
-    for _ in range(150):
-        m, n, k = (draw.choice(SIZES) for _ in range(3))
-        bits = 8 if op == "int8_mixed_linear" else draw.choice(PACKED_BITS)
-        CHECKS[op](m, n, k, bits, draw.choice(GROUPS), draw.choice(DTYPES))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("m", SIZES)
-@pytest.mark.parametrize("op", CHECKS)
-def test_every_shape(op, m):
-    for n, k, bits, group, dtype in itertools.product(SIZES, SIZES, PACKED_BITS, GROUPS, DTYPES):
-        CHECKS[op](m, n, k, bits, group, dtype)
+def test_refusals():
+    model = tiny("opt")
+    for held_out in (0, 6):
+        with pytest.raises(CalibrationError, match=f"got {held_out} of 6"):
+            sweep_(model, "awq", "w4a16g16", DATA, option="points", values=(4,), held_out=held_out)
+    with pytest.raises(UsageError, match="no values of points"):
+        sweep_(model, "awq", "w4a16g16", DATA, option="points", values=())
+    with pytest.raises(UsageError, match="unexpected keyword"):
+        sweep_(model, "awq", "w4a16g16", DATA, option="colour", values=(4,), held_out=2)
+    assert not hasattr(model, "hf_quantizer")

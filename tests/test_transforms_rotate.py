@@ -4,28 +4,22 @@ import copy
 
 import pytest
 import torch
+import transformers
 
 from fewbit.checkpoint import save
 from fewbit.errors import AlreadyQuantizedError, UnsupportedError, UsageError
 from fewbit.families import decoder_layers, describe
-from fewbit.linearise import linearise
 from fewbit.online import online_paths
 from fewbit.orthogonal import KINDS, rotation
 from fewbit.pipeline import quantize_
-from fewbit.scheme import Scheme
-from fewbit.transforms import LayerContext
+from fewbit.rotation import apply_
 from fewbit.transforms.fold import FoldNorm, RMSNorm
 from fewbit.transforms.rotate import Rotate
 from tiny import TWINS, probe, tiny
 
 
 def apply(model, transform):
-    family = describe(model)
-    linearise(model, family)
-    transform.outside(model, family)
-    for index, layer in enumerate(decoder_layers(model, family)):
-        context = LayerContext(index, family, model.config, Scheme(), {})
-        transform.layer(layer, context)
+    apply_(model, transform)
     return model
 
 
@@ -146,12 +140,17 @@ def test_r1_r2_reload_in_plain_transformers(twin, tmp_path):
         apply(again, Rotate())
 
 
-def test_r4_is_refused_where_its_transform_is_missing(tmp_path):
-    model = apply(tiny("llama-gqa"), Rotate(r4="random-hadamard"))
-    model.save_pretrained(tmp_path)
-    with pytest.raises(AlreadyQuantizedError, match="r4='random-hadamard': its weights expect"):
-        describe(type(model).from_pretrained(tmp_path))
-    assert describe(model).name == "llama"
+@pytest.mark.parametrize("options", [{"r4": "random-hadamard"}, {"keeps_mean": False}])
+@pytest.mark.parametrize("twin", BASE)
+def test_plain_transformers_refuses_what_it_would_compute_otherwise(twin, options, tmp_path):
+    """By the class and by Auto, in a process that has never seen fewbit."""
+    model = tiny(twin)
+    if "keeps_mean" in options and describe(model).norm == "rms":
+        pytest.skip("an RMSNorm needs no other")
+    apply(model, Rotate(**options)).save_pretrained(tmp_path)
+    for loader in (type(model), transformers.AutoModelForCausalLM):
+        with pytest.raises((KeyError, ValueError), match="by fewbit"):
+            loader.from_pretrained(tmp_path)
 
 
 def test_what_cannot_be_saved_says_so(tmp_path):

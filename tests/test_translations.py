@@ -19,9 +19,9 @@ TRANSLATED = {
     "Two commands": "d0d71c6bc1f9a5c0",
     "Ten lines": "a301ed95171554cc",
     "Methods": "7a044a872fb596ff",
-    "Results": "25d03cc5c9188805",
-    "How it is made": "4a9ddcd14bec3799",
-    "Limits, said plainly": "21993fec56c35c86",
+    "Results": "8aaa1c10a7561923",
+    "How it is made": "d6d464860799138a",
+    "Limits, said plainly": "a16d3fb028b073c2",
 }
 
 

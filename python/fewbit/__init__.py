@@ -28,6 +28,7 @@ __version__ = _C.__version__
 _NAMES = {
     "quantize_": "pipeline",
     "restore_": "undo",
+    "sweep_": "sweep",
     "save": "checkpoint",
     "load": "checkpoint",
     "convert": "conversion",

@@ -29,19 +29,16 @@ from .errors import (
 from .families import linear_names
 from .integrations import attach
 from .linear import PackedLinear
+from .linearise import linearise_known
 from .modules import build_linear, format_for, module_tensors
-from .online import online_paths
 from .pipeline import replace_module
 from .recipes import Recipe
 from .report import Report
+from .runtime import BESIDE, SECTION, hang, settings
 from .shards import Shards, Writer, same_directory
 from .stored import find
 from .transforms.fold import RMSNorm
-
-ONLINE = (
-    "computes more at run time than its linears (an online rotation R3 or R4, activations or a KV "
-    "cache on a grid), which no format that is written here can say; save a weight-only scheme"
-)
+from .transforms.rotate import plain_activation
 
 
 def transformers():
@@ -81,9 +78,9 @@ def save(
     source = getattr(config, "_name_or_path", "")
     if source and same_directory(source, path):
         raise OutputError(f"{path} is the directory that the model was read from")
-    online = online_paths(model)
-    if online:
-        raise FormatLimitError(f"{online[0]} {ONLINE}")
+    online = settings(model)
+    if online and format != "fewbit":
+        raise FormatLimitError(f"{next(iter(online))} {BESIDE}")
     norms = [n for n, m in model.named_modules() if isinstance(m, RMSNorm)]
     if norms:
         raise FormatLimitError(
@@ -117,6 +114,8 @@ def save(
             described.pop(key, None)
         if "lm_head" in packed:
             described["tie_word_embeddings"] = False
+        if online:
+            described[SECTION] = online
         described["architectures"] = [type(model).__name__]
         described["dtype"] = str(_float_dtype(model)).removeprefix("torch.")
         files = finish(writer, described, section, _side_files(model))
@@ -129,8 +128,8 @@ def save(
 def check_fits(model: nn.Module, recipe: Recipe, format: str) -> None:
     """UnsupportedError, before any work, if the result will have no place in the format."""
     writer_format = formats.get(format)
-    if any(transform.online for transform in recipe.transforms):
-        raise FormatLimitError(f"method {recipe.name!r} with scheme {recipe.scheme} {ONLINE}")
+    if format != "fewbit" and any(transform.online for transform in recipe.transforms):
+        raise FormatLimitError(f"method {recipe.name!r} with scheme {recipe.scheme} {BESIDE}")
     for name in linear_names(model):
         linear = model.get_submodule(name)
         for scheme in recipe.possible_schemes:
@@ -162,15 +161,19 @@ def load(path: str | Path, dtype: torch.dtype | None = None) -> nn.Module:
         raise NotQuantizedError(f"{path} is not quantised: its config.json has no such section")
     stored = find(shards, formats.parse(shards.config["quantization_config"]))
     model = empty_model(path)
+    linearise_known(model)
     linears = {n for n, m in model.named_modules() if isinstance(m, nn.Linear)}
     for name, linear in stored.items():
         if name not in linears:
             raise CheckpointError(f"{name} is quantised in the files, but no Linear of the model")
         bias = shards.read(f"{name}.bias") if f"{name}.bias" in shards else None
         replace_module(model, name, build_linear(linear, shards, bias, model.get_submodule(name)))
+    signs = hang(model, shards.config.get(SECTION, {}))
     used = {full for linear in stored.values() for full in linear.names.values()}
     used |= {f"{name}.bias" for name in stored}
     rest = {name: shards.read(name) for name in shards.by_file() if name not in used}
+    if lacking := set(signs) - rest.keys():
+        raise CheckpointError(f"{path} lacks {min(lacking)!r}, which the model needs")
     _fill(model, rest, set(stored))
     model.tie_weights()
     missing = [n for n, p in model.named_parameters() if p.is_meta]
@@ -215,7 +218,7 @@ def empty_model(path: str | Path) -> nn.Module:
         config = hf.AutoConfig.from_pretrained(path, local_files_only=True)
         if hasattr(config, "quantization_config"):
             del config.quantization_config  # its modules are made here, not by transformers
-        with _parameters_on_meta():
+        with _parameters_on_meta(), plain_activation(config):
             return hf.AutoModelForCausalLM.from_config(config)
     except (ValueError, KeyError, OSError) as error:
         raise NotAModelError(f"{path} does not describe a causal model: {error}") from error

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .errors import MissingExtraError, UnsupportedError, UsageError
+from .errors import MissingExtraError, RotationLimitError, UnsupportedError, UsageError
 from .online import KV_SLOT as SLOT
 from .online import OnlineHadamard, straight_through
 from .orthogonal import rotation
@@ -103,12 +103,31 @@ class OnlineKV(nn.Module):
     def codes(self, x: Tensor) -> KVCodes:
         return kv_codes(x, self.bits, self.symmetric, self.clip)
 
+    def settings(self) -> dict:
+        """JSON for runtime.py."""
+        names = ("width", "rotate", "bits", "symmetric", "clip")
+        return {name: getattr(self, name) for name in names}
+
     def extra_repr(self) -> str:
         return f"{self.width}, rotate={self.rotate}, bits={self.bits}"
 
 
+def require_interface(module: nn.Module, what: str) -> None:
+    """RotationLimitError where a model's file computes attention by itself (Falcon, Bloom)."""
+    if not hasattr(sys.modules[type(module).__module__], "ALL_ATTENTION_FUNCTIONS"):
+        raise RotationLimitError(
+            f"{what} is not supported for {type(module).__name__}: its attention does not go "
+            "through transformers' attention interface, where keys and values could be changed"
+        )
+
+
 def attach_kv(attention: nn.Module, width: int, **changes: Any) -> OnlineKV:
-    """Hang an OnlineKV on an attention module, or change the one it has."""
+    """Hang an OnlineKV on an attention module, or change the one it has, and let the model's
+    attention pass through it: "eager", or any implementation that transformers registers."""
+    require_interface(attention, "a rotated or quantised KV")
+    config = attention.config  # the whole model's: one object
+    if not config._attn_implementation.startswith(PREFIX):
+        config._attn_implementation = _register(config._attn_implementation)
     online = getattr(attention, SLOT, None)
     if online is None:
         online = OnlineKV(width, **changes)
@@ -117,16 +136,6 @@ def attach_kv(attention: nn.Module, width: int, **changes: Any) -> OnlineKV:
     for name, value in changes.items():
         setattr(online, name, value)
     return online
-
-
-def route_attention(model: nn.Module) -> None:
-    """Let the model's attention pass through the OnlineKV of each attention module.
-
-    Works for "eager" and for every implementation that transformers registers (sdpa, flash).
-    """
-    base = model.config._attn_implementation
-    if not base.startswith(PREFIX):
-        model.config._attn_implementation = _register(base)
 
 
 @cache

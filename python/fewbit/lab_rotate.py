@@ -6,10 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from .families import decoder_layers, describe
-from .linearise import linearise
 from .orthogonal import rotation
-from .scheme import Scheme
-from .transforms import LayerContext, Transform
+from .rotation import apply_
 from .transforms.fold import FoldNorm, float64, fold_into
 from .transforms.rotate import Rotate
 
@@ -39,18 +37,10 @@ def fuse_ln_linear(layernorm: nn.Module, linear_layers) -> None:
         fold_into(layernorm, linears, unit_offset=False, centre=False)
 
 
-def _apply(model: nn.Module, transform: Transform) -> None:
-    family = describe(model)
-    linearise(model, family)
-    transform.outside(model, family)
-    for i, layer in enumerate(decoder_layers(model, family)):
-        transform.layer(layer, LayerContext(i, family, model.config, Scheme(), {}))
-
-
 @torch.no_grad()
 def fuse_layer_norms_tinyllama(model: nn.Module) -> None:
     """Every norm of the model into its readers, the last one into the head."""
-    _apply(model, FoldNorm(centre=False))
+    apply_(model, FoldNorm(centre=False))
 
 
 @torch.no_grad()
@@ -62,7 +52,7 @@ def rotate_model_weight(model: nn.Module, R1: Tensor, parity: bool = False) -> N
     name test (out_proj and fc2, o_proj and down_proj write); a tied weight is turned twice.
     """
     if not parity:
-        _apply(model, Rotate(R1, None, keeps_mean=False))
+        apply_(model, Rotate(R1, None, keeps_mean=False))
         return
     writers = ("out_proj", "fc2", "o_proj", "down_proj")
     for name, m in model.named_modules():

@@ -12,7 +12,21 @@ from .scheme import Codes, Scheme
 PACKABLE_BITS = (2, 3, 4, 8)
 
 
-class PackedLinear(nn.Module):
+class KeepsType(nn.Module):
+    """A module with float buffers whose type model.to(dtype), model.half() and the like leave."""
+
+    keeps_type: tuple[str, ...] = ()
+
+    def _apply(self, fn, recurse=True):
+        before = {name: getattr(self, name) for name in self.keeps_type}
+        super()._apply(fn, recurse)
+        for name, old in before.items():
+            if old is not None and getattr(self, name).dtype != old.dtype:
+                setattr(self, name, old.to(getattr(self, name).device))
+        return self
+
+
+class PackedLinear(KeepsType):
     """y = x W^T + b with W on a grid of 2..8 bits, unpacked inside the matrix product.
 
     Buffers: ``packed`` int32 [words], ``scale`` [panels, groups, 16] of ``scheme.scale_dtype`` and
@@ -21,7 +35,7 @@ class PackedLinear(nn.Module):
     bfloat16; output of the same type, accumulated in float32.
     """
 
-    keeps_type: tuple[str, ...] = ("scale",)  # float buffers that model.to(dtype) leaves alone
+    keeps_type = ("scale",)  # the codes were computed against it
 
     def __init__(self, codes: Codes, scheme: Scheme, bias: Tensor | None = None) -> None:
         super().__init__()
@@ -82,16 +96,6 @@ class PackedLinear(nn.Module):
     def nbytes(self) -> int:
         """Bytes of codes, scales, zero points and bias as held in memory."""
         return sum(b.numel() * b.element_size() for b in self.buffers())
-
-    def _apply(self, fn, recurse=True):
-        # model.half() and the like change the type of activations; scales keep theirs, because the
-        # codes were computed against them.
-        before = {name: getattr(self, name) for name in self.keeps_type}
-        super()._apply(fn, recurse)
-        for name, old in before.items():
-            if old is not None and getattr(self, name).dtype != old.dtype:
-                setattr(self, name, old.to(getattr(self, name).device))
-        return self
 
     def extra_repr(self) -> str:
         bias = self.bias is not None

@@ -8,12 +8,13 @@ that nothing is doubled, and the model computes what it did before.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 
 import torch
 from torch import Tensor, nn
 
 from .errors import UnknownFamilyError
-from .families import Family, decoder_layers
+from .families import Family, decoder_layers, describe
 
 
 class Expert(nn.Module):
@@ -78,6 +79,12 @@ def linearise(model: nn.Module, family: Family) -> Callable[[], None]:
             setattr(parent, name, module)
 
     return undo
+
+
+def linearise_known(model: nn.Module) -> None:
+    """Linearise a model that is to take stored Linears; one that no family describes stays."""
+    with suppress(UnknownFamilyError):
+        linearise(model, describe(model))
 
 
 def linear_view(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:

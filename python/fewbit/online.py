@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from . import hadamard, ops
 from .errors import UsageError
+from .linear import KeepsType
 from .orthogonal import Rotation
 
 SLOTS = ("online_hadamard", "online_quant")  # in the order in which they are applied
@@ -24,11 +25,13 @@ def _run(x: Tensor, base: Tensor | None, signs: Tensor | None) -> Tensor:
     return ops.hadamard(x.reshape(-1, x.shape[-1]), base, signs).reshape(x.shape)
 
 
-class OnlineHadamard(nn.Module):
+class OnlineHadamard(KeepsType):
     """x -> (x signs) H for the matrix H of ``hadamard.plan(width)`` (QuaRot's R4).
 
     Signs keep the sum of all channels, large behind a ReLU, from meeting a row of ones.
     """
+
+    keeps_type = ("base",)  # rounded, it would no longer be orthogonal
 
     def __init__(self, rotation: Rotation) -> None:
         super().__init__()
@@ -39,7 +42,7 @@ class OnlineHadamard(nn.Module):
             base = hadamard.hadamard_matrix(self.plan.m) if exact else self.plan.base.float()
         self.register_buffer("base", base, persistent=False)
         signs = None if signs is None else signs.to(torch.int8)
-        self.register_buffer("signs", signs, persistent=False)
+        self.register_buffer("signs", signs)  # random: saved with the weights that expect it
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dtype == torch.float64:  # the operator is float32 inside
@@ -47,13 +50,9 @@ class OnlineHadamard(nn.Module):
             return hadamard.transform(x, self.plan)
         return _run(x, self.base, self.signs)
 
-    def _apply(self, fn, recurse=True):
-        # A rounded base would no longer be orthogonal: it moves with the model, but stays float32.
-        base = self.base
-        super()._apply(fn, recurse)
-        if base is not None and self.base.dtype != base.dtype:
-            self.base = base.to(self.base.device)
-        return self
+    def settings(self) -> dict:
+        """JSON for runtime.py."""
+        return {"width": self.plan.n, "signs": self.signs is not None}
 
     def extra_repr(self) -> str:
         kind = "Hadamard" if self.plan.exact else "Hartley"
@@ -89,6 +88,10 @@ class ActivationQuant(nn.Module):
         if self.clip == 1 and x.dtype != torch.float64:
             return ops.pseudo_quantize(flat, self.bits, -1, self.symmetric).reshape(x.shape)
         return clipped_grid(flat, self.bits, self.symmetric, self.clip).reshape(x.shape)
+
+    def settings(self) -> dict:
+        """JSON for runtime.py."""
+        return {name: getattr(self, name) for name in ("bits", "symmetric", "clip", "per")}
 
     def extra_repr(self) -> str:
         kind = "symmetric" if self.symmetric else "asymmetric"

@@ -115,7 +115,7 @@ def _mean_keeping(n: int, kind: str, generator: torch.Generator) -> Tensor:
         if kind == "random-hadamard":
             r = r[torch.randperm(n, generator=generator)][:, torch.randperm(n, generator=generator)]
         return r
-    b = _householder_to_mean(n)  # R = B diag(1, Q) B, and the first column of B is 1 / sqrt(n)
+    b = householder_to_mean(n)  # R = B diag(1, Q) B, and the first column of B is 1 / sqrt(n)
     inner = torch.eye(n, dtype=torch.float64)
     if n > 1:
         inner[1:, 1:] = random_orthogonal(n - 1, generator)
@@ -136,7 +136,7 @@ def _chirp(n: int) -> Tensor:
     return row[(index[None, :] - index[:, None]) % n]
 
 
-def _householder_to_mean(n: int) -> Tensor:
+def householder_to_mean(n: int) -> Tensor:
     """The reflection that swaps e_1 and 1 / sqrt(n), float64 [n, n]."""
     v = -torch.full((n,), 1 / math.sqrt(n), dtype=torch.float64)
     v[0] += 1

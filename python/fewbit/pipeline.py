@@ -243,6 +243,8 @@ def _check(model: nn.Module, family: Family, recipe: Recipe) -> None:
             f"use a scheme such as w{scheme.bits}a16g128"
         )
     require_activations(scheme, recipe.integer)
+    for transform in recipe.transforms:
+        transform.check(model, family, scheme)
     layers = decoder_layers(model, family)
     for index, layer in enumerate(layers):
         for path in family.linears():

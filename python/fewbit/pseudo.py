@@ -70,7 +70,9 @@ def packed_module(
 
     The Report names the class.
     """
-    if not integer or scheme.activation_bits == FLOAT_BITS:
+    if not integer:  # activations and keys are on their grid beside it (online.py), or nowhere
+        scheme = Scheme.parse(scheme, activation_bits=FLOAT_BITS, kv_bits=FLOAT_BITS)
+    if scheme.activation_bits == FLOAT_BITS:
         return PackedLinear(codes, scheme, bias)
     scale = None
     if scheme.activations == "static":

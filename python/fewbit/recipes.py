@@ -91,11 +91,14 @@ def rtn(scheme: Scheme | str = "w4a16g128") -> Recipe:
 def awq(
     scheme: Scheme | str = "w4a16g128",
     points: int = 20,
-    form: str = "search",
+    form: str = "duo",
     inner: bool = True,
     clip: bool = True,
 ) -> Recipe:
-    """Activation-aware scales (J. Lin et al., 2023), then rounding; ``clip``: on clipped ranges."""
+    """Activation-aware scales (J. Lin et al., 2023), then rounding; ``clip``: on clipped ranges.
+
+    The defaults have the least perplexity on held-out calibration text (tests/bench_methods.py).
+    """
     solver = Clip() if clip else RTN()
     return Recipe("awq", Scheme.parse(scheme), (SearchScale(points, form, inner=inner),), solver)
 

@@ -21,6 +21,7 @@ def apply_(model: nn.Module, transform: Transform) -> list[dict]:
     """Apply a transform that needs no statistics to a whole live model; its records."""
     family = describe(model)
     linearise(model, family)
+    transform.check(model, family, Scheme())
     records = transform.outside(model, family)
     for index, layer in enumerate(decoder_layers(model, family)):
         context = LayerContext(index, family, model.config, Scheme(), {})

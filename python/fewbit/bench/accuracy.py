@@ -38,7 +38,7 @@ WEIGHT_ONLY = (
     Method("rtn", "rtn"),
     Method("mixed 1 %", "mixed"),
     Method("awq closed form", "awq", {"form": "closed-times", "clip": False}),
-    Method("awq search", "awq", {"clip": False}),
+    Method("awq search", "awq", {"form": "search", "clip": False}),
     Method("awq", "awq"),
     Method("gptq", "gptq"),
     Method("gptaq", "gptq", {"target": "gptaq"}),

@@ -16,7 +16,7 @@ from functools import cache
 
 from torch import nn
 
-from ..errors import AlreadyQuantizedError, UnknownFamilyError
+from ..errors import UnknownFamilyError
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,6 @@ class Family:
     norm: str = "rms"  # "rms" or "layer" (mean is subtracted, bias is added)
     unit_offset: bool = False  # the norm multiplies by 1 + weight (Gemma)
     rope: bool = True  # queries and keys are rotated by position between projection and product
-    own_attention: bool = False  # its attention does not go through transformers' interface
     unrotatable: str = ""  # why the residual stream cannot be rotated; empty where it can
     refuse: dict[str, str] = field(default_factory=dict)  # config field=value -> reason
     when: dict[str, object] = field(default_factory=dict)  # config values of this variant
@@ -112,12 +111,6 @@ def describe(model: nn.Module) -> Family:
         if (str(getattr(config, key.rstrip("!"), None)) == value) != negated:
             found = f"{key.rstrip('!')}={getattr(config, key.rstrip('!'), None)}"
             raise UnknownFamilyError(f"{name} with {found} is not supported: {reason}")
-    rotation = getattr(config, "fewbit_rotation", None) or {}
-    if rotation.get("r4") and not any(hasattr(m, "online_hadamard") for m in model.modules()):
-        raise AlreadyQuantizedError(
-            f"this {name} was rotated with r4={rotation['r4']!r}: its weights expect an online "
-            "Hadamard transform that plain loading does not bring; rotate the original again"
-        )
     return _write_out(family, config) if family.experts else family
 
 

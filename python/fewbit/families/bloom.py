@@ -29,7 +29,6 @@ FAMILIES = (
         head="lm_head",
         norm="layer",
         rope=False,
-    own_attention=True,
         unrotatable="a LayerNorm with gains stands between the embedding and the residual stream, "
         "and gains do not commute with a rotation",
         refuse={

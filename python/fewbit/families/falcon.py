@@ -29,7 +29,6 @@ _ONE_NORM = Family(
     final_norm="transformer.ln_f",
     head="lm_head",
     norm="layer",
-    own_attention=True,
     when={"new_decoder_architecture": False, "parallel_attn": True},
 )
 

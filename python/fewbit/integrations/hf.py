@@ -19,7 +19,9 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from .. import formats
 from ..errors import CheckpointError, FormatLimitError, UnsupportedError
 from ..linear import PackedLinear
+from ..linearise import Experts, linearise_known
 from ..modules import build_linear, extras, format_for, module_tensors
+from ..runtime import BESIDE, SECTION, settings
 from ..shards import Shards
 from ..stored import Stored, find
 
@@ -59,6 +61,9 @@ class FewbitQuantizer(HfQuantizer):
         if not checkpoint_files:
             raise CheckpointError("a quantised model is loaded from a directory, not a state_dict")
         self.shards = Shards(Path(checkpoint_files[0]).parent)
+        if beside := self.shards.config.get(SECTION):
+            raise FormatLimitError(f"{next(iter(beside))} {BESIDE}: load it with fewbit.load")
+        linearise_known(model)
         modules = dict(model.named_modules())
         for name, stored in find(self.shards, self.plan).items():
             place = _name_in_model(name, modules, model.base_model_prefix)
@@ -68,6 +73,8 @@ class FewbitQuantizer(HfQuantizer):
             if not isinstance(linear, nn.Linear):
                 raise UnsupportedError(f"{name} is quantised, but is no Linear in {type(model)}")
             _replace(model, place, Place(linear))
+            # GPT-2 would draw its residual weights anew, by name: they come from the files.
+            model.get_submodule(place.rpartition(".")[0])._is_hf_initialized = True
             self.places[place] = stored
         known = "|".join(re.escape(name) for name in self.places)
         model._keys_to_ignore_on_load_unexpected = {
@@ -100,6 +107,12 @@ class LiveQuantizer(FewbitQuantizer):
         self.quantization_config = FewbitConfig(**(section or {"quant_method": "fewbit"}))
 
     def get_state_dict_and_metadata(self, model):
+        if beside := settings(model):
+            raise FormatLimitError(f"{next(iter(beside))} {BESIDE}: use fewbit.save")
+        if any(isinstance(m, Experts) for m in model.modules()):
+            raise FormatLimitError(
+                "save_pretrained renames experts and would lose quantised ones: use fewbit.save"
+            )
         packed = {n: m for n, m in model.named_modules() if isinstance(m, PackedLinear)}
         format = format_for(_fitting(packed, self.section), packed.values())
         linears = (n for n, m in model.named_modules() if isinstance(m, nn.Linear))

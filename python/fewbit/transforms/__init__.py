@@ -45,6 +45,9 @@ class Transform:
     quantizes_activations = False  # True: makes the scheme's activation and KV bits come true
     online = False  # True: leaves something to compute at run time, beside the weights
 
+    def check(self, model: nn.Module, family: Family, scheme: Scheme) -> None:
+        """Refuse, before anything is changed, what the transform cannot do to this model."""
+
     def prepare(
         self, model: nn.Module, family: Family, scheme: Scheme, batches: list[Tensor]
     ) -> None:

@@ -6,9 +6,9 @@ from torch import nn
 
 from ..errors import UsageError
 from ..families import Family
-from ..kv import attach_kv, head_dim, route_attention
+from ..kv import attach_kv, head_dim, require_interface
 from ..online import ActivationQuant, attach
-from ..scheme import FLOAT_BITS
+from ..scheme import FLOAT_BITS, Scheme
 from . import LayerContext, Transform
 
 
@@ -35,18 +35,18 @@ class QuantizeActivations(Transform):
         self.symmetric, self.clip = symmetric, clip
         self.kv_symmetric, self.kv_clip = kv_symmetric, kv_clip
 
-    def outside(self, model: nn.Module, family: Family) -> list[dict]:
-        route_attention(model)
-        return []
+    def check(self, model: nn.Module, family: Family, scheme: Scheme) -> None:
+        if scheme.kv_bits < FLOAT_BITS:
+            require_interface(model, f"a KV cache of {scheme.kv_bits} bits")
+        if scheme.activation_bits < FLOAT_BITS and scheme.activations == "static":
+            raise UsageError(
+                'activations "static" need a scale from calibration; here they are "token" or '
+                '"tensor"'
+            )
 
     def layer(self, layer: nn.Module, context: LayerContext) -> None:
         scheme, family = context.scheme, context.family
         if scheme.activation_bits < FLOAT_BITS:
-            if scheme.activations == "static":
-                raise UsageError(
-                    'activations "static" need a scale from calibration; here they are "token" or '
-                    '"tensor"'
-                )
             for path in family.linears():
                 bits = scheme.activation_bits
                 clip = _clip(self.clip, bits, 0.9)

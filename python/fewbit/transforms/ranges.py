@@ -10,16 +10,13 @@ the energy of those readers.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from ..families import Family, decoder_layers
 from .fold import norm_readers
-
-if TYPE_CHECKING:
-    from .spinquant import Stiefel
+from .stiefel import Stiefel
 
 POWER = 8  # of the norm: flat enough to see all large channels, steep enough to follow the largest
 TOKENS = 1024  # per step

@@ -10,7 +10,8 @@ once per parameter.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,14 +19,16 @@ from torch import Tensor, nn
 
 from ..errors import AlreadyQuantizedError, RotationLimitError, UsageError
 from ..families import Family, Sublayer
-from ..kv import attach_kv, head_dim, route_attention
+from ..kv import attach_kv, head_dim, require_interface
 from ..online import OnlineHadamard, attach
 from ..orthogonal import Rotation, rotation
+from ..scheme import Scheme
 from . import LayerContext, Transform
 from .edges import inner_channels
-from .fold import FoldNorm, float64, linear_at, norm_readers, untie_head
+from .fold import FoldNorm, RMSNorm, float64, linear_at, norm_readers, untie_head
 
 MARK = "fewbit_rotation"  # in the model's config, so that a saved model still carries it
+ACTIVATION_FIELDS = ("hidden_act", "hidden_activation", "activation_function", "activation")
 
 Kind = str | Tensor | None
 
@@ -100,8 +103,10 @@ class Rotate(Transform):
     def _fold(self, family: Family) -> FoldNorm:
         return FoldNorm(centre=self.r1 is not None and not self.keeps_mean)
 
-    def outside(self, model: nn.Module, family: Family) -> list[dict]:
+    def check(self, model: nn.Module, family: Family, scheme: Scheme) -> None:
         check_rotatable(model, family, self)
+
+    def outside(self, model: nn.Module, family: Family) -> list[dict]:
         embed = model.get_submodule(family.embed)
         tables = [embed] + ([model.get_submodule(family.positions)] if family.positions else [])
         untie_head(model, family)  # first: a shared weight would have two precisions
@@ -115,9 +120,11 @@ class Rotate(Transform):
                     table.weight.data = r1.right(table.weight.data)
                 head.weight.data = r1.right(head.weight.data)
                 _rotate_norm_bias(norm, r1)
-        if self.r3 and family.rope:
-            route_attention(model)
         model.config.fewbit_rotation = {k: v for k, v in self.to_dict().items() if k != "name"}
+        if self.r4:
+            forbid_plain_loading(model.config, f"rotated by fewbit, r4={self.r4}")
+        elif isinstance(model.get_submodule(family.final_norm), RMSNorm):
+            forbid_plain_loading(model.config, "means removed by fewbit, keeps_mean=False")
         return [*records, {"path": "", **self.to_dict()}]
 
     def carry(self, hidden: Tensor, family: Family) -> Tensor:
@@ -166,6 +173,31 @@ class Rotate(Transform):
                 _rotate_outputs(linear_at(layer, path), rotation(dim))
 
 
+def forbid_plain_loading(config: Any, why: str) -> None:
+    """Make transformers refuse, by name, a directory that is saved with this config.
+
+    transformers skips a quantisation that it does not know, and drops tensors and fields; but it
+    must find the activation function. The live model has built its own already.
+    """
+    for name in ACTIVATION_FIELDS:
+        if isinstance(value := getattr(config, name, None), str):
+            setattr(config, name, f"{value} ({why}; needs fewbit)")
+
+
+@contextmanager
+def plain_activation(config: Any) -> Iterator[None]:
+    """The config without the mark of ``forbid_plain_loading``, inside the block."""
+    values = {name: getattr(config, name, None) for name in ACTIVATION_FIELDS}
+    marked = {n: v for n, v in values.items() if isinstance(v, str) and "needs fewbit" in v}
+    for name, value in marked.items():
+        setattr(config, name, value.partition(" (")[0])
+    try:
+        yield
+    finally:
+        for name, value in marked.items():
+            setattr(config, name, value)
+
+
 def check_rotatable(model: nn.Module, family: Family, rotate: Rotate) -> None:
     """Refuse, with the reason, what cannot be rotated or has been rotated before."""
     if family.unrotatable:
@@ -180,12 +212,9 @@ def check_rotatable(model: nn.Module, family: Family, rotate: Rotate) -> None:
             f"{type(model).__name__} cannot be rotated: its embedding is {width} wide and the "
             f"residual stream {stream}, with a projection between them that no norm follows"
         )
-    if rotate.r3 and family.own_attention:
-        raise RotationLimitError(
-            f"r3 is not supported for {type(model).__name__}: its attention does not go through "
-            "transformers' attention interface, where queries and keys could be rotated"
-        )
-    if rotate.r3 and not family.rope:
+    if rotate.r3 and family.rope:
+        require_interface(model, "r3")
+    elif rotate.r3:
         for sub in family.sublayers:
             if sub.heads and not (sub.query and sub.key):
                 raise RotationLimitError(

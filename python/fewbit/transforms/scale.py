@@ -36,7 +36,7 @@ class SearchScale(Transform):
     needs_stats = True
 
     def __init__(
-        self, points: int = 20, form: str = "search", alpha: float = 0.5, inner: bool = True
+        self, points: int = 20, form: str = "duo", alpha: float = 0.5, inner: bool = True
     ) -> None:
         if form not in FORMS:
             raise UsageError(f"form must be one of {', '.join(FORMS)}, got {form!r}")

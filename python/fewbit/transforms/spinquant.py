@@ -4,11 +4,7 @@ Z. Liu et al., SpinQuant, 2024, section 3. First the rotations are fitted to act
 (ranges.py), which is quick; then the network is trained. It has quantised activations (and weights,
 if asked) and gradients pass straight through the rounding. The loss is the next-token cross-entropy
 ("ce"), as in the paper, or the KL divergence from the float model's predictions ("kl"), which is
-only about what quantisation does and so shows it with far less noise. Each step keeps R orthogonal
-by the Cayley transform R <- (I + t/2 A)^-1 (I - t/2 A) R of a skew-symmetric A. "cayley-sgd" takes
-A from the momentum of the Euclidean gradient (J. Li et al., Efficient Riemannian optimization on
-the Stiefel manifold via the Cayley transform, 2020); "cayley-adam" scales the entries of A by their
-own second moments.
+only about what quantisation does and so shows it with far less noise. Optimisers: stiefel.py.
 """
 
 from __future__ import annotations
@@ -26,66 +22,29 @@ from .. import ops
 from ..errors import MissingCalibrationError, UsageError
 from ..families import Family, decoder_layers
 from ..kv import head_dim
-from ..orthogonal import _householder_to_mean, rotation
+from ..online import straight_through
+from ..orthogonal import householder_to_mean, rotation
 from ..scheme import FLOAT_BITS, Scheme
 from . import LayerContext, ranges
 from .activations import QuantizeActivations
 from .edges import inner_channels
 from .fold import FoldNorm, norm_readers
 from .ranges import sample_inputs
-from .rotate import Rotate, check_rotatable
+from .rotate import Rotate
+from .stiefel import OPTIMIZERS, Stiefel
 
-OPTIMIZERS = ("cayley-adam", "cayley-sgd")
 LOSSES = ("kl", "ce")
-
-
-class Stiefel:
-    """An orthogonal matrix under optimisation, with the state of its optimiser."""
-
-    def __init__(self, start: Tensor, optimizer: str) -> None:
-        self.value = start.to(torch.float32).clone().requires_grad_()
-        self.optimizer = optimizer
-        self.momentum = torch.zeros_like(self.value)
-        self.second = torch.zeros_like(self.value)
-        self.steps = 0
-
-    @torch.no_grad()
-    def step(self, lr: float) -> None:
-        r, g = self.value, self.value.grad
-        self.steps += 1
-        if self.optimizer == "cayley-sgd":
-            self.momentum.mul_(0.9).add_(g)
-            m = self.momentum
-            half = m @ r.T - 0.5 * r @ (r.T @ m @ r.T)
-            a = half - half.T
-            self.momentum = a @ r  # projected, so that it stays a tangent
-            rate = min(lr, 1.0 / (float(torch.linalg.matrix_norm(a, 1)) + 1e-8))
-        else:
-            a = g @ r.T
-            a = a - a.T
-            self.momentum.mul_(0.9).add_(a, alpha=0.1)
-            self.second.mul_(0.99).addcmul_(a, a, value=0.01)
-            a = self.momentum / (1 - 0.9**self.steps)
-            a = a / ((self.second / (1 - 0.99**self.steps)).sqrt() + 1e-12)
-            rate = lr  # every entry of the skew matrix moves by about lr, and a stays skew
-        eye = torch.eye(len(r))
-        self.value.copy_(torch.linalg.solve(eye + rate / 2 * a, (eye - rate / 2 * a) @ r))
-        self.value.grad = None
-
-    def result(self) -> Tensor:
-        """The closest orthogonal matrix in float64: rounding has drifted by a few ulp."""
-        u, _, v = torch.linalg.svd(self.value.detach().to(torch.float64))
-        return u @ v
 
 
 class SpinQuant(Rotate):
     """Rotate with learned R1 and R2. R3 and R4 stay Hadamard.
 
     ``range_steps`` of fitting to activations, then ``steps`` of ``batch`` windows each through the
-    network, learning rate falling linearly to 0; ``weights``: learn
-    with quantised weights too, for rounding to nearest (without, for GPTQ, which repairs weights
-    itself). ``threads``: of the learning; a fixed number makes the result the same on any machine
-    with the same libraries.
+    network, learning rate falling linearly to 0; ``weights``: learn with quantised weights too, for
+    rounding to nearest (without, for GPTQ, which repairs weights itself).
+
+    ``threads``: of the learning; a fixed number makes the result the same on any machine with the
+    same libraries.
     """
 
     needs_tokens = True
@@ -133,7 +92,6 @@ class SpinQuant(Rotate):
         self, model: nn.Module, family: Family, scheme: Scheme, batches: list[Tensor]
     ) -> None:
         """Learn R1 and R2 on token windows int64 [1, tokens]; afterwards this is a Rotate."""
-        check_rotatable(model, family, self)
         if not batches:
             raise MissingCalibrationError("spinquant learns from calibration, and there is none")
         self.r1, self.r2 = self.start
@@ -189,7 +147,7 @@ class _Twin:
         self.dim = dim
         start = rotation(width, spin.start[0], spin.seed, keep).matrix()
         # With the mean kept, the free part is the n - 1 dimensions beside it.
-        self.frame = _householder_to_mean(width) if keep else None
+        self.frame = householder_to_mean(width) if keep else None
         free = start if self.frame is None else (self.frame @ start @ self.frame)[1:, 1:]
         self.r1 = Stiefel(free, spin.optimizer)
         layers = len(decoder_layers(self.model, family))
@@ -266,12 +224,10 @@ class _Twin:
             new[f"{path}.bias"] = bias.index_copy(0, rows, turned)
 
     def _on_grid(self, w: Tensor) -> Tensor:
-        scheme = self.scheme
-        with torch.no_grad():
-            moved = ops.pseudo_quantize(
-                w, scheme.bits, scheme.group_size, scheme.symmetric, scheme.scale_dtype
-            ) - w
-        return w + moved
+        s = self.scheme
+        return straight_through(
+            lambda t: ops.pseudo_quantize(t, s.bits, s.group_size, s.symmetric, s.scale_dtype), w
+        )
 
     def loss(self, windows: list[Tensor]) -> Tensor:
         """Mean loss over the predictions of windows int64 [batch, tokens], each counted alike."""
