@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import platform
 import time
 from collections.abc import Callable, Iterator
@@ -27,6 +28,7 @@ from .scheme import FLOAT_BITS, Scheme
 from .solvers.auto import Auto
 from .stats import Stats
 from .transforms import LayerContext
+from .tune import tune_
 from .undo import remember, restore_
 
 
@@ -72,6 +74,7 @@ def quantize_(
         report.calibration = {
             "source": data.source, "tokens": data.tokens, "sha256": data.digest()
         }
+    teacher = None if recipe.tune is None else copy.deepcopy(model).eval()
     if keep_float:
         remember(model)
     linearise(model, family)
@@ -79,6 +82,8 @@ def quantize_(
     model.eval()
     try:
         _run(model, family, recipe, data, report, progress, callback)
+        if teacher is not None:
+            report.tune = tune_(model, teacher, family, data, recipe.tune)
     except BaseException:
         if keep_float:  # an interrupt or error half-way leaves the model as it was
             restore_(model)

@@ -25,6 +25,7 @@ from .transforms.rotate import Rotate
 from .transforms.scale import SearchScale
 from .transforms.smooth import Smooth
 from .transforms.spinquant import SpinQuant
+from .tune import Tune
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Recipe:
     """What ``quantize_`` does. ``sequential``: later layers are calibrated on the outputs of the
     already quantised earlier ones (True), or of the float ones; ``true_sequential``: inside a layer
     too, later linears see the earlier ones quantised. ``schemes``: by full name, the linears whose
-    scheme is not ``scheme``."""
+    scheme is not ``scheme``; ``tune``: what learns the quantised model as a whole afterwards."""
 
     name: str
     scheme: Scheme
@@ -41,6 +42,7 @@ class Recipe:
     sequential: bool = True
     true_sequential: bool = False
     schemes: Mapping[str, Scheme] = field(default_factory=dict)
+    tune: Tune | None = None
 
     def scheme_of(self, name: str) -> Scheme:
         """The scheme of one linear."""
@@ -57,6 +59,7 @@ class Recipe:
     def needs_stats(self) -> bool:
         return (
             self.solver.needs_stats
+            or self.tune is not None
             or any(t.needs_stats or t.needs_tokens for t in self.transforms)
             or (self.integer and self.scheme.activations == "static")
         )
@@ -80,6 +83,7 @@ class Recipe:
             "sequential": self.sequential,
             "true_sequential": self.true_sequential,
             "schemes": {name: str(scheme) for name, scheme in self.schemes.items()},
+            "tune": None if self.tune is None else self.tune.to_dict(),
         }
 
 
@@ -213,6 +217,24 @@ def spinquant(
     return _rotated("spinquant", Scheme.parse(scheme), online, make, (), seed, keeps_mean)
 
 
+def tune(
+    scheme: Scheme | str = "w4a16g128",
+    epochs: float = 2.0,
+    batch: int = 4,
+    codes: float = 1e-2,
+    scales: float = 8e-3,
+    norms: float = 4e-3,
+    holdout: float = 0.0625,
+    seed: int = 0,
+) -> Recipe:
+    """Learn the quantised model against the float one (tune.py), after any solver: "gptq+tune".
+
+    ``options`` as tune.Tune; alone, it starts from round to nearest.
+    """
+    options = Tune(epochs, batch, codes, scales, norms, holdout, seed)
+    return Recipe("tune", Scheme.parse(scheme), tune=options)
+
+
 def _rotated(
     name: str, scheme: Scheme, online: bool | None, make: Callable[..., Rotate], kinds: tuple,
     seed: int, keeps_mean: bool,
@@ -228,8 +250,8 @@ def _rotated(
 
 METHODS: dict[str, Callable[..., Recipe]] = {
     "rtn": rtn, "awq": awq, "gptq": gptq, "qronos": qronos, "smoothquant": smoothquant,
-    "mixed": mixed, "llm-int8": llm_int8, "quarot": quarot, "spinquant": spinquant,
-    "auto": auto,
+    "mixed": mixed, "llm-int8": llm_int8, "quarot": quarot, "spinquant": spinquant, "auto": auto,
+    "tune": tune,
 }
 
 
@@ -265,6 +287,7 @@ def build(method: str | Recipe, scheme: Scheme | str | None = None, **options) -
         solvers[-1] if solvers else RTN(),
         all(r.sequential for r in recipes),
         any(r.true_sequential for r in recipes),
+        tune=next((r.tune for r in reversed(recipes) if r.tune is not None), None),
     )
 
 

@@ -41,9 +41,10 @@ class Report:
 
     ``certificates``: per transformed part of the float model, how far its output on a probe batch
     moved, and what rounding allows, both relative. ``outliers``: per linear, the channel maxima of
-    its probe input before and after the transforms (both certificate.py). ``source``: name or path
-    of the float model. ``sweep``: the curve that an option was chosen from (sweep.py).
-    ``evaluations``: what ``fewbit eval --save`` has added, with the protocol of each figure.
+    its probe input before and after the transforms (both certificate.py). ``tune``: what learning
+    did after these figures (tune.py). ``source``: name or path of the float model. ``sweep``: the
+    curve that an option was chosen from (sweep.py). ``evaluations``: what ``fewbit eval --save``
+    has added, with the protocol of each figure.
     """
 
     recipe: dict
@@ -53,6 +54,7 @@ class Report:
     transforms: list[dict] = field(default_factory=list)
     certificates: list[dict] = field(default_factory=list)
     sweep: dict = field(default_factory=dict)
+    tune: dict = field(default_factory=dict)
     seconds: float = 0.0
     environment: dict = field(default_factory=dict)
     outliers: list[dict] = field(default_factory=list)
