@@ -18,7 +18,7 @@ TRANSLATED = {
     "": "1e34844191e739cb",
     "Two commands": "d0d71c6bc1f9a5c0",
     "Ten lines": "a301ed95171554cc",
-    "Methods": "7a044a872fb596ff",
+    "Methods": "29faf840e332b0e7",
     "Results": "8aaa1c10a7561923",
     "How it is made": "d6d464860799138a",
     "Limits, said plainly": "a16d3fb028b073c2",

@@ -27,11 +27,13 @@ from ..pipeline import environment, quantize_
 
 
 class Method(NamedTuple):
-    """A row of the table: what it is called, and the arguments of ``quantize_``."""
+    """A row of the table: what it is called, and the arguments of ``quantize_``; ``samples``:
+    calibration windows where they are not the table's (tune learns from them)."""
 
     label: str
     method: str
     options: dict = {}
+    samples: int | None = None
 
 
 WEIGHT_ONLY = (
@@ -47,6 +49,8 @@ WEIGHT_ONLY = (
     Method("awq+qronos", "awq+qronos"),
     Method("quarot+gptq", "quarot+gptq"),
     Method("quarot+qronos", "quarot+qronos"),
+    Method("quarot+qronos 192", "quarot+qronos", samples=192),
+    Method("quarot+qronos+tune 192", "quarot+qronos+tune", samples=192),
     Method("auto", "auto"),
 )
 EIGHT_BIT_ACTIVATIONS = (
@@ -68,6 +72,7 @@ FOUR_BIT_ACTIVATIONS = (
     Method("spinquant", "spinquant", {"weights": True}),
     Method("spinquant+gptq", "spinquant+gptq"),
     Method("spinquant+qronos", "spinquant+qronos"),
+    Method("quarot+qronos+tune 192", "quarot+qronos+tune", samples=192),
 )
 TABLE: dict[str, tuple[Method, ...]] = {
     "w4a16g128": WEIGHT_ONLY,
@@ -106,7 +111,8 @@ def run(
     tokenizer = load_tokenizer(model_dir)
     tokens = tokenize(read_text(text), tokenizer)
     test = cut(tokens, window, windows, Path(text).name)
-    data = cut(tokenize(read_text(calibration), tokenizer), window, samples, Path(calibration).name)
+    ids, source = tokenize(read_text(calibration), tokenizer), Path(calibration).name
+    data = cut(ids, window, samples, source)
     protocol = {
         "model": Path(model_dir).name,
         "weights": _digest_of(model_dir),
@@ -146,7 +152,8 @@ def run(
         del model
     try:
         for i, (scheme, method) in enumerate(todo):
-            cell = _measure(model_dir, scheme, method, data, test, reference, batch)
+            seen = data if method.samples is None else cut(ids, window, method.samples, source)
+            cell = _measure(model_dir, scheme, method, seen, test, reference, batch)
             result["cells"].append(cell)
             _replace(store, json.dumps(result, indent=1) + "\n")
             say(f"[{i + 1}/{len(todo)}] {_line(cell)}")
@@ -177,7 +184,7 @@ def _measure(
     reference: Tensor, batch: int,
 ) -> dict:
     cell = {"scheme": scheme, "label": method.label, "method": method.method,
-            "options": method.options}
+            "options": method.options, "samples": len(data.batches)}
     model = load_float(model_dir)
     before, started = _reset_peak(), time.monotonic()
     try:
@@ -252,8 +259,9 @@ def markdown(result: dict) -> str:
         "",
         f"Perplexity and mean KL divergence from the float model: {p['text']}, the first "
         f"{p['windows']} windows of {p['window']} tokens, no overlap, no BOS, float32 arithmetic. "
-        f"Calibration: the first {p['samples']} windows of {p['calibration']}. Bits of a weight of "
-        "the quantised linears, their scales, zero points and biases included; seconds, on "
+        f"Calibration: the first {p['samples']} windows of {p['calibration']} (as many as its "
+        "name ends with, where a row has a number). Bits of a weight of the quantised linears, "
+        "their scales, zero points and biases included; seconds, on "
         f"{result['environment']['threads']} threads; peak memory beyond the loaded model.",
         "",
         f"Float: {base:.2f}.",
