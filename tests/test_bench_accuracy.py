@@ -91,3 +91,4 @@ def test_every_cell_of_the_table_is_a_recipe_for_its_scheme():
         for method in rows:
             recipe = build(method.method, scheme, **method.options)
             assert (recipe.integer or recipe.quantizes_activations) == ("a16" not in scheme)
+            assert method.samples is None or method.label.endswith(f" {method.samples}")
