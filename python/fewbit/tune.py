@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .calibrate import Windows
-from .errors import CalibrationError, UsageError
+from .errors import CalibrationError, ShortTextError, UsageError
 from .families import Family, decoder_layers
 from .linear import Int8Linear, PackedLinear
 from .online import carry, straight_through
@@ -145,7 +145,7 @@ def tune_(
         raise CalibrationError("tune needs calibration windows without padding")
     held = max(1, round(len(data.batches) * options.holdout))
     if len(data.batches) - held < 1:
-        raise CalibrationError(
+        raise ShortTextError(
             f"tune needs at least 2 calibration windows, got {len(data.batches)}"
         )
     learn, test = data.batches[:-held], data.batches[-held:]
