@@ -46,7 +46,8 @@ void* current_stream(int device) {
   void* stream = nullptr;
   if (get != nullptr && get(device, &stream) == AOTI_TORCH_SUCCESS) return stream;
 #endif
-  throw std::runtime_error("torch's current CUDA stream cannot be found");
+  throw std::runtime_error(
+      "torch's current CUDA stream cannot be found: torch is built without CUDA [FB600]");
 }
 
 #endif

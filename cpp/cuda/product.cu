@@ -59,6 +59,8 @@ const char* start_tiles(const PackedProduct& a, Place place) {
     return many ? start_product<X, bits, 2, 80>(a, place) : start_product<X, bits, 1, 80>(a, place);
   if constexpr (std::is_same_v<X, BFloat16>)
     return "no tensor-core product of bfloat16 below sm_80";
+  else if constexpr (std::is_same_v<X, int8_t> && bits == 3)
+    return start_product<X, bits, 1, 75>(a, place);  // two tiles take more registers than there are
   else
     return many ? start_product<X, bits, 2, 75>(a, place) : start_product<X, bits, 1, 75>(a, place);
 }
