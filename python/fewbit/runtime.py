@@ -49,7 +49,8 @@ def hang(model: nn.Module, section: dict) -> list[str]:
                     attach(module, slot, _hadamard(module, **values))
                     wanted += [f"{path}.{slot}.signs"] if values["signs"] else []
     except (TypeError, ValueError, KeyError, AttributeError, FewbitError) as error:
-        message = f"{SECTION} of config.json does not fit the model: {error}"
+        reason = getattr(error, "message", error)
+        message = f"{SECTION} of config.json does not fit the model: {reason}"
         raise CheckpointError(message) from error
     return wanted
 
