@@ -1,6 +1,7 @@
 #include "fewbit/coordinate_descent.h"
 
 #include "common.h"
+#include "interrupt.h"
 
 namespace fewbit::bindings {
 
@@ -19,12 +20,14 @@ void descend(const Tensor& w, const Tensor& h, const Tensor& scale, const Tensor
   Tensor work =
       empty({(pass + Args::panel - 1) / Args::panel, columns + Args::padding, Args::panel},
             real_type<Real>);
-  for (int64_t first = 0; first < rows; first += pass) {
+  Interrupt interrupt;
+  for (int64_t first = 0; first < rows && !interrupt.stopped(); first += pass) {
     const int64_t n = first + pass <= rows ? pass : rows - first;
     run(Args{data<char>(w) + first * columns * size_of(dtype), data<Real>(h),
              data<float>(scale) + first * groups, data<uint8_t>(zero_point) + first * groups,
              mutable_data<uint8_t>(q) + first * columns, mutable_data<Real>(work), dtype, n,
-             columns, group, groups, sweeps, static_cast<int>(bits)});
+             columns, group, groups, sweeps, static_cast<int>(bits)},
+        1, interrupt);
   }
 }
 

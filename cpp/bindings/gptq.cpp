@@ -4,6 +4,7 @@
 
 #include "cuda_product.h"
 #include "grid_args.h"
+#include "interrupt.h"
 
 namespace fewbit::bindings {
 
@@ -46,7 +47,8 @@ void solve(const Tensor& w, const Tensor& c, const std::optional<Tensor>& import
   const int64_t tasks = (panels + Gptq<Real>::task_panels - 1) / Gptq<Real>::task_panels;
   Tensor work = empty({panels, columns + Gptq<Real>::padding, Gptq<Real>::panel}, real_type<Real>);
   Tensor group_work = empty({tasks, group, Gptq<Real>::panel}, real_type<Real>);
-  for (int64_t first = 0; first < rows; first += pass) {
+  Interrupt interrupt;
+  for (int64_t first = 0; first < rows && !interrupt.stopped(); first += pass) {
     const int64_t n = first + pass <= rows ? pass : rows - first;
     run(Gptq<Real>{data<char>(w) + first * columns * size_of(dtype), data<Real>(c),
                    importance ? data<Real>(*importance) : nullptr,
@@ -54,7 +56,8 @@ void solve(const Tensor& w, const Tensor& c, const std::optional<Tensor>& import
                    mutable_data<Real>(group_work), mutable_data<uint8_t>(q) + first * columns,
                    mutable_data<float>(s) + first * groups,
                    mutable_data<uint8_t>(z) + first * groups, dtype, n, columns, group, groups,
-                   block, points, fit, grid});
+                   block, points, fit, grid},
+        1, interrupt);
   }
 }
 

@@ -1,6 +1,7 @@
 #include "fewbit/gram.h"
 
 #include "common.h"
+#include "interrupt.h"
 
 namespace fewbit::bindings {
 
@@ -17,12 +18,13 @@ void add(const Tensor& x, Tensor& g) {
   const int64_t panels = (channels + panel - 1) / panel;
   const int64_t pass = tokens < pass_tokens ? tokens : pass_tokens;
   Tensor scratch = empty({panels, pass, panel}, ScalarType::Float);
-  for (int64_t first = 0; first < tokens; first += pass) {
+  Interrupt interrupt;
+  for (int64_t first = 0; first < tokens && !interrupt.stopped(); first += pass) {
     const int64_t n = first + pass <= tokens ? pass : tokens - first;
     const char* from = data<char>(x) + first * channels * size_of(dtype);
     run(GramPanels{from, mutable_data<float>(scratch), dtype, n, channels}, grain_for(n * panel));
     run(Gram<Real>{data<float>(scratch), mutable_data<Real>(g), n, channels},
-        grain_for(n * panel * panel * block * block, 1 << 20));
+        grain_for(n * panel * panel * block * block, 1 << 20), interrupt);
   }
   run(GramMirror<Real>{mutable_data<Real>(g), channels},
       grain_for(channels * GramMirror<Real>::block));

@@ -6,6 +6,7 @@
 
 #include "fewbit/kernel.h"
 #include "fewbit/layout.h"
+#include "interrupt_hook.h"
 
 #if FEWBIT_WITH_CUDA
 #include "fewbit/cuda.h"
@@ -39,6 +40,23 @@ py::list available_isas() {
   return names;
 }
 
+// What a signal handler has raised inside an operator, until control is back in Python.
+PyObject* raised[3] = {nullptr, nullptr, nullptr};
+
+int raise_kept(void*) {
+  PyErr_Restore(raised[0], raised[1], raised[2]);
+  return -1;
+}
+
+// Runs the handlers of pending signals (on the main thread; elsewhere there are none). The operator
+// then returns early, and the pending call raises before its caller sees the result.
+bool interrupted() {
+  const py::gil_scoped_acquire gil;
+  if (PyErr_CheckSignals() == 0) return false;
+  PyErr_Fetch(&raised[0], &raised[1], &raised[2]);
+  return Py_AddPendingCall(&raise_kept, nullptr) == 0;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -46,6 +64,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("__version__") = FEWBIT_VERSION;
   m.attr("cuda") = bool(FEWBIT_WITH_CUDA) && !FEWBIT_CUDA_EMULATED;
   m.attr("cuda_kernels") = bool(FEWBIT_WITH_CUDA);  // for cards, or emulated
+  fewbit::bindings::set_interrupt_hook(&interrupted);
   m.attr("panel_rows") = fewbit::panel_rows;
   m.def(
       "isa", [] { return std::string(fewbit::cpu::isa_name(fewbit::cpu::isa())); },
