@@ -27,6 +27,7 @@ __version__ = _C.__version__
 # Public names, by the module that holds them; loaded on first use.
 _NAMES = {
     "quantize_": "pipeline",
+    "quantize_directory": "stream",
     "restore_": "undo",
     "sweep_": "sweep",
     "save": "checkpoint",

@@ -10,13 +10,15 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from . import ops
+from .activations import Activations, LayerInput, Store
+from .distributed import Ranks
 from .errors import (
     CalibrationError,
     MissingCalibrationError,
@@ -48,7 +50,11 @@ class Windows:
     @property
     def tokens(self) -> int:
         """Real tokens."""
-        pairs = zip(self.batches, self.masks, strict=True)
+        return self.before(len(self.batches))
+
+    def before(self, index: int) -> int:
+        """Real tokens of all batches before the ``index``-th."""
+        pairs = list(zip(self.batches, self.masks, strict=True))[:index]
         return sum(int(b.numel() if m is None else m.sum()) for b, m in pairs)
 
     def digest(self) -> str:
@@ -162,21 +168,6 @@ def _token_windows(items: Sequence) -> Windows:
 # ---- one layer at a time -------------------------------------------------------------------------
 
 
-@dataclass
-class LayerInput:
-    """One batch in front of a decoder layer: hidden states, the other arguments, real tokens.
-
-    ``others``: args and kwargs by ``id`` of the layer, where layers get different ones (sliding
-    and full attention have masks, and sometimes rotary tables, of their own).
-    """
-
-    hidden: Tensor
-    args: tuple
-    kwargs: dict
-    mask: Tensor | None
-    others: dict[int, tuple[tuple, dict]] = field(default_factory=dict)
-
-
 class _Captured(Exception):
     pass
 
@@ -203,20 +194,23 @@ class _Catcher(nn.Module):
 
 
 @torch.no_grad()
-def capture(model: nn.Module, family: Family, data: Windows) -> list[LayerInput]:
-    """What enters the first decoder layer, batch by batch."""
+def capture(
+    model: nn.Module, family: Family, data: Windows, store: Store | None = None
+) -> Activations:
+    """What enters the first decoder layer, batch by batch. No layer needs to hold its weights."""
     layers = decoder_layers(model, family)
     kinds = _layer_kinds(model, len(layers))
     first = {kind: kinds.index(kind) for kind in dict.fromkeys(kinds)}
     last = max(first.values())
     catchers = {i: _Catcher(layers[i], i == last) for i in range(last + 1)}
-    device = next(layers[0].parameters()).device
+    device = model.get_submodule(family.embed).weight.device
     limit = _vocabulary(model)
-    captured = []
+    captured = Activations(len(data.batches), store)
     for i, catcher in catchers.items():
         layers[i] = catcher
     try:
-        for i, (ids, mask) in enumerate(zip(data.batches, data.masks, strict=True)):
+        for i in captured.store.ranks.own(len(data.batches)):
+            ids, mask = data.batches[i], data.masks[i]
             if limit is not None and (int(ids.min()) < 0 or int(ids.max()) >= limit):
                 raise VocabularyError(
                     f"calibration sample {i} has token {int(ids.max())}, the vocabulary {limit}"
@@ -226,13 +220,15 @@ def capture(model: nn.Module, family: Family, data: Windows) -> list[LayerInput]
                 model(input_ids=ids.to(device), use_cache=False, **extra)
             except _Captured:
                 hidden, args, kwargs = catchers[0].call
-                captured.append(LayerInput(hidden, args, kwargs, mask))
+                others = {}
                 if len(first) > 1:
                     calls = {kind: catchers[n].call[1:] for kind, n in first.items()}
                     real = [c.layer for c in catchers.values()] + list(layers[len(catchers) :])
-                    captured[-1].others = {
+                    others = {
                         id(layer): calls[kind] for layer, kind in zip(real, kinds, strict=True)
                     }
+                first_token = data.before(i)
+                captured.append(LayerInput(hidden, args, kwargs, mask, others, first_token))
     finally:
         for i, catcher in catchers.items():
             layers[i] = catcher.layer
@@ -250,9 +246,9 @@ def _vocabulary(model: nn.Module) -> int | None:
 
 
 @torch.no_grad()
-def run_layer(layer: nn.Module, inputs: list[LayerInput]) -> list[LayerInput]:
+def run_layer(layer: nn.Module, inputs: Activations) -> Activations:
     """The inputs of the next layer."""
-    return [replace(x, hidden=forward(layer, x)) for x in inputs]
+    return inputs.follow(forward(layer, x) for x in inputs)
 
 
 def forward(layer: nn.Module, x: LayerInput) -> Tensor:
@@ -266,50 +262,69 @@ def forward(layer: nn.Module, x: LayerInput) -> Tensor:
 def collect(
     layer: nn.Module,
     family: Family,
-    inputs: list[LayerInput],
+    inputs: Activations,
     name: str = "layer",
     only: Collection[str] | None = None,
     floats: FloatPass | None = None,
-) -> tuple[dict[str, Stats], list[LayerInput]]:
+    keep: bool = True,
+) -> tuple[dict[str, Stats], Activations | None]:
     """Stats of every linear's input by path, and the layer's outputs, in one forward pass.
 
     Linears that read the same norm share one Stats. ``only``: the paths to collect, all by default.
     ``floats``: what the float model feeds this layer; each batch is run through the float layer
-    too, for Stats.cross. Raises CalibrationError naming the linear and the sample when an
-    activation is not finite.
+    too, for Stats.cross. ``keep`` False: no outputs, which None stands for. Raises CalibrationError
+    naming the linear and the sample when an activation is not finite.
     """
-    sums: dict[str, _Sums] = {}
-    hooks, shared = [], {}
+    taps: dict[str, _Tap] = {}
+    shared = {}
     for sub in family.sublayers:
         for group in (sub.reads, (sub.writes,)):
             for path in group:
                 shared[path] = group[0]
-            linear = layer.get_submodule(group[0])
-            if group[0] not in sums and (only is None or group[0] in only):
-                sums[group[0]] = _Sums(linear, _experts_around(layer, group[0]))
-                hooks.append(linear.register_forward_pre_hook(sums[group[0]].hook))
-    outputs = []
+            if group[0] not in taps and (only is None or group[0] in only):
+                taps[group[0]] = _Tap(layer, group[0])
+    ranks, runs = inputs.store.ranks, inputs.chunks()
+
+    def passes() -> Iterator[Tensor]:
+        for run in runs:
+            for tap in taps.values():
+                tap.start()
+            for i in run:
+                yield one(i)
+            for tap in taps.values():
+                tap.finish(ranks)
+
+    def one(i: int) -> Tensor:
+        x = inputs[i]
+        for tap in taps.values():
+            tap.mask, tap.first = x.mask, x.first
+        if floats is not None:
+            for tap in taps.values():
+                tap.floating = True
+            with floats.modules(layer):
+                forward(layer, floats.inputs[i])
+            for tap in taps.values():
+                tap.floating = False
+        hidden = forward(layer, x)
+        for path, tap in taps.items():
+            if not bool(tap.sums.max_abs.isfinite().all()):
+                sample = ranks.own(inputs.total)[i]
+                raise NonFiniteInputError(
+                    f"the input of {name}.{path} is not finite in calibration sample {sample}"
+                )
+        return hidden
+
+    outputs = None
     try:
-        for i, x in enumerate(inputs):
-            for s in sums.values():
-                s.mask = x.mask
-            if floats is not None:
-                for s in sums.values():
-                    s.start_float_pass()
-                with floats.modules(layer):
-                    forward(layer, floats.inputs[i])
-                for s in sums.values():
-                    s.end_float_pass()
-            outputs.append(replace(x, hidden=forward(layer, x)))
-            for path, s in sums.items():
-                if not bool(s.max_abs.isfinite().all()):
-                    raise NonFiniteInputError(
-                        f"the input of {name}.{path} is not finite in calibration sample {i}"
-                    )
+        if keep:
+            outputs = inputs.follow(passes())
+        else:
+            for _ in passes():
+                pass
     finally:
-        for hook in hooks:
-            hook.remove()
-    made = {path: s.stats() for path, s in sums.items()}
+        for tap in taps.values():
+            tap.remove()
+    made = {path: ranks.fold(tap.parts, _Sums.add).stats() for path, tap in taps.items()}
     return {path: made[first] for path, first in shared.items() if first in made}, outputs
 
 
@@ -321,7 +336,7 @@ class FloatPass:
     already been replaced.
     """
 
-    inputs: list[LayerInput]
+    inputs: Activations
     linears: dict[str, nn.Module] = field(default_factory=dict)
 
     @contextmanager
@@ -351,63 +366,98 @@ def _experts_around(layer: nn.Module, path: str) -> nn.Module | None:
 SAMPLE = 256  # tokens kept of each linear's input
 
 
-class _Sums:
-    """Running sums over batches; their order over tokens is fixed, so batching does not matter.
+class _Tap:
+    """Hangs on a linear and sums its inputs up, run by run of batches.
 
-    ``experts``: the container of the expert whose linear this is, which knows the tokens' rows.
-    Between start_float_pass and end_float_pass the inputs are those of the float model.
+    ``mask``: the real tokens of the batch that passes; ``first``: how many came before it. While
+    ``floating`` the inputs are those of the float model.
     """
 
-    def __init__(self, linear: nn.Module, experts: nn.Module | None) -> None:
-        self.tokens = 0
-        self.experts = experts
+    def __init__(self, layer: nn.Module, path: str) -> None:
+        self.linear = layer.get_submodule(path)
+        self.experts = _experts_around(layer, path)  # knows the rows of an expert's tokens
         self.mask: Tensor | None = None
-        k, device = linear.in_features, linear.weight.device
-        self.sum_abs = torch.zeros(k, dtype=torch.float64, device=device)
-        self.max_abs = torch.zeros(k, device=device)
-        self.gram = torch.zeros(k, k, dtype=sum_type(k, device), device=device)
-        self.cross: Tensor | None = None
+        self.first = 0
         self.floating, self.float_input = False, None
-        self.sample: list[tuple[int, Tensor]] = []
-        self.stride = 1
+        self.parts: list[_Sums] = []
+        self.remove = self.linear.register_forward_pre_hook(self.hook).remove
 
-    def start_float_pass(self) -> None:
-        self.floating = True
+    def start(self) -> None:
+        self.sums = _Sums(self.linear, self.experts is not None)
 
-    def end_float_pass(self) -> None:
-        self.floating = False
+    def finish(self, ranks: Ranks) -> None:
+        """Keep the run's sums; the first rank, behind whom nobody comes, adds them up at once."""
+        if ranks.rank == 0 and self.parts:
+            self.parts[0].add(self.sums)
+        else:
+            self.parts.append(self.sums)
+        del self.sums
 
     def hook(self, module: nn.Module, args: tuple) -> None:
         x = args[0].detach()
         x = x.reshape(-1, x.shape[-1])
+        rows = torch.arange(len(x)) if self.experts is None else self.experts.rows.cpu()
         if self.mask is not None:
-            real = self.mask.reshape(-1).to(x.device)
-            x = x[real if self.experts is None else real[self.experts.rows]]
+            real = self.mask.reshape(-1).cpu()
+            x = x[real[rows].to(x.device)]
+            rows = (real.cumsum(0) - 1)[rows[real[rows]]]  # counted among the real tokens
         if self.floating:
             self.float_input = x
             return
-        if self.float_input is not None and self.experts is None:  # routes differ between models
+        routes_differ = self.experts is not None  # between the models: no pairs of tokens
+        self.sums.take(x, self.first + rows, None if routes_differ else self.float_input)
+        self.float_input = None
+
+
+class _Sums:
+    """Sums over tokens in their order; sums of consecutive runs are added in their order."""
+
+    def __init__(self, linear: nn.Module, routed: bool) -> None:
+        k, device = linear.in_features, linear.weight.device
+        self.tokens, self.routed = 0, routed
+        self.sum_abs = torch.zeros(k, dtype=torch.float64, device=device)
+        self.max_abs = torch.zeros(k, device=device)
+        self.gram = torch.zeros(k, k, dtype=sum_type(k, device), device=device)
+        self.cross: Tensor | None = None
+        self.sample: list[tuple[int, Tensor]] = []
+        self.stride = 1
+
+    def take(self, x: Tensor, at: Tensor, float_input: Tensor | None) -> None:
+        """Inputs x [tokens, in_features], which are the calibration's tokens number ``at``;
+        ``float_input``: what the float model had instead."""
+        if float_input is not None:
             if self.cross is None:
                 self.cross = torch.zeros(self.gram.shape, dtype=torch.float64, device=x.device)
-            self.cross += (self.float_input.double() - x.double()).T @ x.double()
-            self.float_input = None
+            self.cross += (float_input.double() - x.double()).T @ x.double()
         ops.act_stats(x, self.sum_abs, self.max_abs)
         ops.gram(x, self.gram)
-        self._sample(x)
         self.tokens += x.shape[0]
+        # Copies: a view would keep the whole batch in memory.
+        for row in torch.nonzero(at % self.stride == 0).flatten().tolist():
+            self.sample.append((int(at[row]), x[row].float().clone()))
+        self._thin()
 
-    def _sample(self, x: Tensor) -> None:
-        """Every stride-th token, counted through all batches; the stride doubles beyond SAMPLE."""
-        first = -self.tokens % self.stride
-        at = range(self.tokens + first, self.tokens + len(x), self.stride)
-        self.sample += list(zip(at, x[first :: self.stride].float(), strict=True))
+    def _thin(self) -> None:
+        """Keep every stride-th token, for the least stride, a power of two, that is few enough."""
         while len(self.sample) > SAMPLE:
             self.stride *= 2
             self.sample = [(i, row) for i, row in self.sample if i % self.stride == 0]
 
+    def add(self, other: _Sums) -> _Sums:
+        """Take in the sums of the run that follows; returns self."""
+        self.tokens += other.tokens
+        self.sum_abs += other.sum_abs
+        torch.maximum(self.max_abs, other.max_abs, out=self.max_abs)
+        self.gram += other.gram
+        if other.cross is not None:
+            self.cross = other.cross if self.cross is None else self.cross.add_(other.cross)
+        self.stride = max(self.stride, other.stride)
+        self.sample = [(i, x) for i, x in self.sample + other.sample if i % self.stride == 0]
+        self._thin()
+        return self
+
     def stats(self) -> Stats:
         cross = None if self.cross is None else self.cross.to(self.gram.dtype)
-        routed = self.experts is not None
         sample = torch.stack([row for _, row in self.sample]) if self.sample else None
         sums = self.sum_abs.float()
-        return Stats(self.tokens, sums, self.max_abs, self.gram, cross, routed, sample)
+        return Stats(self.tokens, sums, self.max_abs, self.gram, cross, self.routed, sample)

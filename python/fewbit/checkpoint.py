@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from . import card, formats
 from .conversion import finish
@@ -27,6 +27,7 @@ from .errors import (
     UnsupportedError,
 )
 from .families import linear_names
+from .formats import Format
 from .integrations import attach
 from .linear import PackedLinear
 from .linearise import linearise_known
@@ -98,31 +99,52 @@ def save(
     section = writer_format.config(schemes, ignore)
 
     with Writer(path, max_shard_size) as writer:
-        for name, module in packed.items():
-            tensors = module_tensors(module, writer_format, name)
-            if module.bias is not None:
-                tensors["bias"] = module.bias
-            writer.add({f"{name}.{suffix}": tensor for suffix, tensor in tensors.items()})
-        tied = set(getattr(model, "_tied_weights_keys", None) or ())
-        if not getattr(config, "tie_word_embeddings", False) or "lm_head" in packed:
-            tied = set()
-        for name, tensor in model.state_dict().items():
-            if name.rpartition(".")[0] not in packed and name not in tied:
-                writer.add({name: tensor})
-        described = config.to_diff_dict()
-        for key in ("_name_or_path", "quantization_config"):
-            described.pop(key, None)
+        tied = set() if "lm_head" in packed else tied_names(model)
+        for _, tensors in stored_tensors(model, "", writer_format):
+            if not tied.issuperset(tensors):
+                writer.add(tensors)
+        described_as = described(model, _float_dtype(model))
         if "lm_head" in packed:
-            described["tie_word_embeddings"] = False
+            described_as["tie_word_embeddings"] = False
         if online:
-            described[SECTION] = online
-        described["architectures"] = [type(model).__name__]
-        described["dtype"] = str(_float_dtype(model)).removeprefix("torch.")
-        files = finish(writer, described, section, _side_files(model))
+            described_as[SECTION] = online
+        files = finish(writer, described_as, section, _side_files(model))
     if tokenizer is not None:
         tokenizer.save_pretrained(path)
     card.write(path, report, source)
     return files
+
+
+def stored_tensors(
+    root: nn.Module, prefix: str, format: Format
+) -> Iterator[tuple[bool, dict[str, Tensor]]]:
+    """What is stored of a model or a layer, by full name: (is it packed, tensors of one shard)."""
+    packed = {n: m for n, m in root.named_modules() if isinstance(m, PackedLinear)}
+    for name, module in packed.items():
+        tensors = module_tensors(module, format, f"{prefix}{name}")
+        if module.bias is not None:
+            tensors["bias"] = module.bias
+        yield True, {f"{prefix}{name}.{suffix}": tensor for suffix, tensor in tensors.items()}
+    for name, tensor in root.state_dict().items():
+        if name.rpartition(".")[0] not in packed:
+            yield False, {f"{prefix}{name}": tensor}
+
+
+def tied_names(model: nn.Module) -> set[str]:
+    """Parameters that are stored under another name only."""
+    if not getattr(model.config, "tie_word_embeddings", False):
+        return set()
+    return set(getattr(model, "_tied_weights_keys", None) or ())
+
+
+def described(model: nn.Module, dtype: torch.dtype) -> dict:
+    """config.json of a model whose float tensors are stored in ``dtype``."""
+    config = model.config.to_diff_dict()
+    for key in ("_name_or_path", "quantization_config"):
+        config.pop(key, None)
+    config["architectures"] = [type(model).__name__]
+    config["dtype"] = str(dtype).removeprefix("torch.")
+    return config
 
 
 def check_fits(model: nn.Module, recipe: Recipe, format: str) -> None:
@@ -209,8 +231,11 @@ def _fill(model: nn.Module, tensors: dict, packed: set[str]) -> None:
     model.load_state_dict(tensors, strict=False, assign=True)
 
 
-def empty_model(path: str | Path) -> nn.Module:
-    """The model that a directory's config.json describes: real buffers, parameters without data."""
+def empty_model(path: str | Path, dtype: torch.dtype | None = None) -> nn.Module:
+    """The model that a directory's config.json describes: real buffers, parameters without data.
+
+    ``dtype``: of what is computed (None: as the config says).
+    """
     hf = transformers()
     if not (Path(path) / "config.json").is_file():
         raise NotAModelError(f"{path} is not a model directory: it has no config.json")
@@ -218,8 +243,9 @@ def empty_model(path: str | Path) -> nn.Module:
         config = hf.AutoConfig.from_pretrained(path, local_files_only=True)
         if hasattr(config, "quantization_config"):
             del config.quantization_config  # its modules are made here, not by transformers
+        named = {} if dtype is None else {"dtype": dtype}
         with _parameters_on_meta(), plain_activation(config):
-            return hf.AutoModelForCausalLM.from_config(config)
+            return hf.AutoModelForCausalLM.from_config(config, **named)
     except (ValueError, KeyError, OSError) as error:
         raise NotAModelError(f"{path} does not describe a causal model: {error}") from error
 
@@ -245,10 +271,7 @@ def load_float(path: str | Path, dtype: torch.dtype | None = torch.float32) -> n
     """A float model directory (safetensors), through transformers; never from the network."""
     hf = transformers()
     shards = Shards(path)  # refuses what is not a safetensors model directory
-    if "quantization_config" in shards.config:
-        method = shards.config["quantization_config"]
-        method = method.get("quant_method") if isinstance(method, dict) else method
-        raise AlreadyQuantizedError(f"{path} is already quantised (quant_method {method!r})")
+    refuse_quantized(shards)
     try:
         with _quiet(hf):
             model = hf.AutoModelForCausalLM.from_pretrained(
@@ -257,6 +280,14 @@ def load_float(path: str | Path, dtype: torch.dtype | None = torch.float32) -> n
     except (ValueError, KeyError, OSError, RuntimeError) as error:
         raise NotAModelError(f"{path} is not a causal model: {error}") from error
     return model.eval()
+
+
+def refuse_quantized(shards: Shards) -> None:
+    """UsageError, with the method that the config names, for a model that is not float."""
+    section = shards.config.get("quantization_config")
+    if section is not None:
+        method = section.get("quant_method") if isinstance(section, dict) else section
+        raise AlreadyQuantizedError(f"{shards.path} is already quantised (quant_method {method!r})")
 
 
 @contextmanager

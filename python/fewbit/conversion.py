@@ -36,6 +36,7 @@ SIDE_FILES = (
 )
 EMBEDDINGS = ("embed", "wte", "wpe")
 MAX_SHARD = 5_000_000_000
+MAX_SIDE = 256 << 20  # bytes of a tokenizer's file
 
 
 @dataclass
@@ -105,7 +106,7 @@ def convert(
                 writer.add(repack(shards, module, writer_format, schemes[module_name]))
         config = {k: v for k, v in shards.config.items() if k != "quantization_config"}
         nbytes = writer.total
-        files = finish(writer, config, section, side_files(shards.path, SIDE_FILES))
+        files = finish(writer, config, section, side_files(shards.path, SIDE_FILES, MAX_SIDE))
     from . import card
 
     card.write(target, source=shards.path.name)
@@ -154,11 +155,18 @@ def repack(shards: Shards, module: Stored, to: Format, scheme: Scheme) -> dict[s
 
 def finish(writer: Writer, config: dict, section: dict, texts: dict[str, bytes]) -> list[str]:
     """Close a checkpoint: config.json with its section, and the side file GPTQ readers look for."""
+    return writer.finish(*with_section(config, section, texts))
+
+
+def with_section(
+    config: dict, section: dict, texts: dict[str, bytes]
+) -> tuple[dict, dict[str, bytes]]:
+    """config.json with its ``quantization_config``, and the side files that go with it."""
     import json
 
     if section["quant_method"] == "gptq":
         texts = {**texts, "quantize_config.json": (json.dumps(section, indent=2) + "\n").encode()}
-    return writer.finish({**config, "quantization_config": section}, texts)
+    return {**config, "quantization_config": section}, texts
 
 
 def target_schemes(shards: Shards, stored: dict[str, Stored], to: Format) -> dict[str, Scheme]:

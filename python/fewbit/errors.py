@@ -289,6 +289,16 @@ class ResumableStop(FewbitError):
     exit_code = 3
 
 
+class StorageError(ResumableStop):
+    """The disk refused a write: full, read-only, over quota or broken.
+
+    Free the bytes that the message names, or mend the disk, and run the same command again. Nothing
+    is half-written, and finished layers are kept.
+    """
+
+    id = "FB701"
+
+
 def catalogue() -> dict[str, type[FewbitError]]:
     """Every error class by its id, in the order of the ids."""
 

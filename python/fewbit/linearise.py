@@ -56,29 +56,38 @@ def linearise(model: nn.Module, family: Family) -> Callable[[], None]:
 
     Raises UnsupportedError for fused experts of an unknown layout.
     """
-    changed: list[tuple[nn.Module, str, nn.Module]] = []
-    for layer in decoder_layers(model, family):
-        for path in (*family.linears(), family.experts):
-            parent, _, name = path.rpartition(".")
-            try:
-                module = layer.get_submodule(path) if path else None
-            except AttributeError:  # an expert inside the fused module: below
-                continue
-            made = None
-            if type(module).__name__ == "Conv1D":
-                made = linear_view(module.weight.T, module.bias)
-            elif path == family.experts and module is not None and not isinstance(module, Experts):
-                made = unfuse(module, path)
-            if made is not None:
-                made.train(module.training)
-                changed.append((layer.get_submodule(parent), name, module))
-                setattr(layer.get_submodule(parent), name, made)
+    changed = [
+        change
+        for layer in decoder_layers(model, family)
+        for change in linearise_layer(layer, family)
+    ]
 
     def undo() -> None:
         for parent, name, module in changed:
             setattr(parent, name, module)
 
     return undo
+
+
+def linearise_layer(layer: nn.Module, family: Family) -> list[tuple[nn.Module, str, nn.Module]]:
+    """The same for one layer; returns (parent, name, module) of what was replaced."""
+    changed = []
+    for path in (*family.linears(), family.experts):
+        parent, _, name = path.rpartition(".")
+        try:
+            module = layer.get_submodule(path) if path else None
+        except AttributeError:  # an expert inside the fused module: below
+            continue
+        made = None
+        if type(module).__name__ == "Conv1D":
+            made = linear_view(module.weight.T, module.bias)
+        elif path == family.experts and module is not None and not isinstance(module, Experts):
+            made = unfuse(module, path)
+        if made is not None:
+            made.train(module.training)
+            changed.append((layer.get_submodule(parent), name, module))
+            setattr(layer.get_submodule(parent), name, made)
+    return changed
 
 
 def linearise_known(model: nn.Module) -> None:

@@ -12,9 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from . import _C
+from .activations import Store
 from .auto import choose
 from .calibrate import FloatPass, Windows, capture, collect, run_layer, windows
 from .certificate import Probe
+from .distributed import Ranks
 from .errors import AlreadyQuantizedError, NonFiniteError, UsageError
 from .families import Family, decoder_layers, describe
 from .integrations import attach
@@ -26,7 +28,9 @@ from .recipes import Recipe, build
 from .report import LinearRecord, Report
 from .scheme import FLOAT_BITS, Scheme
 from .solvers.auto import Auto
+from .source import Source, finite
 from .stats import Stats
+from .trail import Trail
 from .transforms import LayerContext
 from .tune import tune_
 from .undo import remember, restore_
@@ -61,12 +65,15 @@ def quantize_(
     family = describe(model)
     undo = linearise(model, family)
     try:
-        _check(model, family, recipe)
+        check(model, family, recipe)
+        for name, parameter in model.named_parameters():
+            if parameter.is_floating_point() and not finite(parameter):
+                raise NonFiniteError(f"{name} holds values that are not finite")
         data = windows(calibration, tokenizer, window, samples) if recipe.needs_stats else None
     finally:
         undo()
     if isinstance(recipe.solver, Auto):
-        recipe = _choose(model, recipe, data)
+        recipe = chosen(model, recipe, data)
     started = time.monotonic()
     report = Report(recipe.to_dict(), type(model).__name__, environment=environment())
     report.source = getattr(getattr(model, "config", None), "_name_or_path", "")
@@ -81,7 +88,8 @@ def quantize_(
     training = model.training
     model.eval()
     try:
-        _run(model, family, recipe, data, report, progress, callback)
+        with Progress(len(decoder_layers(model, family)), progress, callback) as shown:
+            run(Source(model, family), recipe, data, report, shown)
         if teacher is not None:
             report.tune = tune_(model, teacher, family, data, recipe.tune)
     except BaseException:
@@ -95,7 +103,7 @@ def quantize_(
     return report
 
 
-def _choose(model: nn.Module, recipe: Recipe, data: Windows) -> Recipe:
+def chosen(model: nn.Module, recipe: Recipe, data: Windows) -> Recipe:
     """auto.choose, with trials that leave no trace."""
 
     @contextmanager
@@ -109,75 +117,118 @@ def _choose(model: nn.Module, recipe: Recipe, data: Windows) -> Recipe:
     return choose(model, recipe, data, trial)
 
 
+class Sink:
+    """Where finished steps go; this one leaves them in the model."""
+
+    def outside(self, source: Source) -> None:
+        """What lies around the layers is as it will stay."""
+
+    def resume(self, report: Report, trail: Trail) -> int:
+        """How many layers an earlier run has finished; puts their records into the report."""
+        return 0
+
+    def layer(self, index: int, layer: nn.Module, records: dict, trail: Trail) -> None:
+        """A layer is finished; ``trail`` is in front of the next."""
+
+
 @torch.no_grad()
-def _run(
-    model: nn.Module,
-    family: Family,
-    recipe: Recipe,
-    data: Windows | None,
-    report: Report,
-    show: bool,
-    callback: Callable[[dict], None] | None,
+def run(
+    source: Source, recipe: Recipe, data: Windows | None, report: Report, progress: Progress,
+    sink: Sink | None = None, store: Store | None = None,
 ) -> None:
-    for transform in recipe.transforms:
-        if transform.needs_tokens:
-            transform.prepare(model, family, recipe.scheme, data.batches)
+    """The layer loop of every run, in memory or streamed: ``source`` gives, ``sink`` takes."""
+    model, family, sink, store = source.model, source.family, sink or Sink(), store or Store()
     float_transforms = [t for t in recipe.transforms if not t.last]
-    probe = Probe(model, family, float_transforms, data) if float_transforms else None
-    for transform in recipe.transforms:
-        report.transforms += transform.outside(model, family)
-    if probe is not None:
-        report.certificates, report.outliers = probe.records, probe.outliers
-        probe.outside(model)
-    inputs = None if data is None else capture(model, family, data)
+    with source.around():
+        for transform in recipe.transforms:
+            if transform.needs_tokens:
+                transform.prepare(model, family, recipe.scheme, data.batches)
+        probe = Probe(model, family, float_transforms, data) if float_transforms else None
+        for transform in recipe.transforms:
+            report.transforms += transform.outside(model, family)
+        if probe is not None:
+            report.certificates, report.outliers = probe.records, probe.outliers
+            probe.outside(model)
+        sink.outside(source)
+        inputs = None if data is None else capture(model, family, data, store)
     # What the float model feeds each layer, where a solver compares with it.
     floats = FloatPass(inputs) if recipe.solver.needs_cross else None
-    layers = decoder_layers(model, family)
-    progress = Progress(len(layers), show, callback)
+    trail = Trail(inputs, floats, probe)
+    config = getattr(model, "config", None)
     try:
-        for index, layer in enumerate(layers):
-            name = f"{family.layers}.{index}"
-            outputs = None
-            config = getattr(model, "config", None)
-            context = LayerContext(
-                index, family, config, recipe.scheme, {}, solver=recipe.solver
-            )
-            if probe is not None:
-                probe.before(layer)
-            # What needs no statistics (rotations) comes first, so that they describe its result.
-            for transform in recipe.transforms:
-                if not transform.needs_stats and not transform.last:
-                    transform.layer(layer, context)
-            if inputs is not None:
-                context.stats, outputs = collect(layer, family, inputs, name, floats=floats)
-            for transform in recipe.transforms:
-                if transform.needs_stats:
-                    transform.layer(layer, context)
-            if probe is not None:
-                probe.after(layer, name)
-            report.transforms += [{"layer": index, **record} for record in context.records]
-            float_outputs = None if floats is None else run_layer(layer, floats.inputs)
-            records = []
-            for step, paths in enumerate(_steps(family, recipe)):
-                if step > 0:
-                    fresh = collect(layer, family, inputs, name, only=paths, floats=floats)[0]
-                    context.stats.update(fresh)
-                for path in paths:
-                    if floats is not None:
-                        floats.linears[path] = layer.get_submodule(path)
-                    linear = f"{name}.{path}"
-                    records.append(_solve(layer, path, linear, recipe, context.stats.get(path)))
-                    progress.linear(records[-1])
-            report.linears += records
-            floats = None if floats is None else FloatPass(float_outputs)
-            for transform in recipe.transforms:
-                if transform.last:
-                    transform.layer(layer, context)
-            if inputs is not None:
-                inputs = run_layer(layer, inputs) if recipe.sequential else outputs
-            progress.layer(records)
+        first = sink.resume(report, trail)
+        progress.skip(first)
+        for index in range(first, len(decoder_layers(model, family))):
+            with source.layer(index) as layer:
+                done = _layer(layer, index, recipe, family, config, trail, progress, store.ranks)
+                report.linears += done["linears"]
+                report.transforms += done["transforms"]
+                sink.layer(index, layer, done, trail)
+            progress.layer(done["linears"])
     finally:
-        progress.close()
+        trail.close()
+
+
+def _layer(
+    layer: nn.Module, index: int, recipe: Recipe, family: Family, config, trail: Trail,
+    progress: Progress, ranks: Ranks,
+) -> dict:
+    """Transform, solve and pack one layer, move ``trail`` behind it; what was done."""
+    name = f"{family.layers}.{index}"
+    context = LayerContext(index, family, config, recipe.scheme, {}, solver=recipe.solver)
+    inputs, floats, probe = trail.inputs, trail.floats, trail.probe
+    certified, looked = (0, 0) if probe is None else (len(probe.records), len(probe.outliers))
+    outputs = None
+    if probe is not None:
+        probe.before(layer)
+    # What needs no statistics (rotations) comes first, so that they describe its result.
+    for transform in recipe.transforms:
+        if not transform.needs_stats and not transform.last:
+            transform.layer(layer, context)
+    if inputs is not None:
+        keep = not recipe.sequential
+        context.stats, outputs = collect(layer, family, inputs, name, floats=floats, keep=keep)
+    for transform in recipe.transforms:
+        if transform.needs_stats:
+            transform.layer(layer, context)
+    if probe is not None:
+        probe.after(layer, name)
+    float_outputs = None if floats is None else run_layer(layer, floats.inputs)
+    records = []
+    for step, paths in enumerate(_steps(family, recipe)):
+        if step > 0:
+            fresh = collect(layer, family, inputs, name, only=paths, floats=floats, keep=False)[0]
+            context.stats.update(fresh)
+        for group in _shares(family, paths, ranks):
+            solved = {
+                path: _solve(layer, path, f"{name}.{path}", recipe, context.stats.get(path))
+                for path, owner in group if owner == ranks.rank
+            }
+            for path, owner in group:
+                packed, record = ranks.share(solved.pop(path, None), owner)
+                linear = layer.get_submodule(path)
+                if floats is not None:
+                    floats.linears[path] = linear
+                carry(linear, packed)
+                replace_module(layer, path, packed)
+                records.append(record)
+                progress.linear(record)
+                del linear, packed
+    for transform in recipe.transforms:
+        if transform.last:
+            transform.layer(layer, context)
+    if inputs is not None:
+        trail.inputs = run_layer(layer, inputs) if recipe.sequential else outputs
+        inputs.close()
+    if floats is not None:
+        floats.inputs.close()
+        trail.floats = FloatPass(float_outputs)
+    return {
+        "linears": records,
+        "transforms": [{"layer": context.index, **record} for record in context.records],
+        "certificates": [] if probe is None else probe.records[certified:],
+        "outliers": [] if probe is None else probe.outliers[looked:],
+    }
 
 
 def _steps(family: Family, recipe: Recipe) -> list[tuple[str, ...]]:
@@ -188,20 +239,32 @@ def _steps(family: Family, recipe: Recipe) -> list[tuple[str, ...]]:
     return list(dict.fromkeys(paths))
 
 
+def _shares(
+    family: Family, paths: tuple[str, ...], ranks: Ranks
+) -> list[list[tuple[str, int]]]:
+    """The linears to solve before the next are shared, with the rank that solves each.
+
+    Linears that read the same input stay together, for what a solver makes of their common
+    statistics. One process shares after each, so that its float weight can go.
+    """
+    groups = [g for sub in family.sublayers for g in (sub.reads, (sub.writes,))]
+    number = {path: i for i, group in enumerate(groups) for path in group}
+    owned = [(path, ranks.owner(number[path])) for path in paths]
+    return [owned] if ranks.size > 1 else [[pair] for pair in owned]
+
+
 def _solve(
     layer: nn.Module, path: str, name: str, recipe: Recipe, stats: Stats | None
-) -> LinearRecord:
-    """Quantise one linear, put its packed form in its place, and say how it went."""
+) -> tuple[nn.Module, LinearRecord]:
+    """The packed form of one linear, and how it went."""
     started = time.monotonic()
     linear = layer.get_submodule(path)
     weight = linear.weight.detach()
     scheme = recipe.scheme_of(name)
     packed, info = recipe.solver.build(linear, path, scheme, stats, recipe.integer)
-    carry(linear, packed)
     error, measured = relative_error(weight, packed.weight, stats)
-    replace_module(layer, path, packed)
     before = sum(p.numel() * p.element_size() for p in linear.parameters())
-    return LinearRecord(
+    return packed, LinearRecord(
         name,
         str(scheme),
         error,
@@ -239,8 +302,8 @@ def replace_module(root: nn.Module, path: str, module: nn.Module) -> None:
     setattr(root.get_submodule(parent), child, module)
 
 
-def _check(model: nn.Module, family: Family, recipe: Recipe) -> None:
-    """Refuse before anything is changed: quantised twice, not finite, what cannot run."""
+def check(model: nn.Module, family: Family, recipe: Recipe) -> None:
+    """Refuse before anything is changed: quantised twice, what cannot run."""
     scheme = recipe.scheme
     if scheme.kv_bits < FLOAT_BITS and not recipe.quantizes_activations:
         raise UsageError(
@@ -260,9 +323,6 @@ def _check(model: nn.Module, family: Family, recipe: Recipe) -> None:
                     f"{name} is a {type(linear).__name__}, not a Linear: the model is already "
                     "quantised (fewbit.restore_ undoes it)"
                 )
-    for name, parameter in model.named_parameters():
-        if parameter.is_floating_point() and not bool(parameter.isfinite().all()):
-            raise NonFiniteError(f"{name} holds values that are not finite")
 
 
 def environment() -> dict:

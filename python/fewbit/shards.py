@@ -20,6 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from . import durable
 from .errors import CheckpointError, DamagedFileError, NotAModelError, UnsafeFileError, UsageError
 
 WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
@@ -133,6 +134,10 @@ class Shards:
                 ) from error
         return self._open[1]
 
+    def close(self) -> None:
+        """Let go of the file that is open; the next read opens it again."""
+        self._open = None
+
     def __contains__(self, name: str) -> bool:
         return name in self.entries
 
@@ -161,7 +166,7 @@ class Writer:
         if max_shard_size < 1:
             raise UsageError(f"max_shard_size must be at least 1 byte, got {max_shard_size}")
         self.made = not self.path.exists()
-        self.path.mkdir(parents=True, exist_ok=True)
+        durable.make_folder(self.path)
         self.files: list[tuple[Path, list[str]]] = []
         self.total = self.pending_bytes = 0
         self.pending: dict[str, Tensor] = {}
@@ -192,15 +197,9 @@ class Writer:
         self.total += size
 
     def _flush(self) -> None:
-        from safetensors.torch import save_file
-
         path = self.path / f".fewbit-{os.getpid()}-{len(self.files)}.safetensors"
         self.files.append((path, list(self.pending)))
-        path.touch()
-        mode = path.stat().st_mode  # as the umask has it; safetensors makes its files private
-        save_file(self.pending, path, metadata={"format": "pt"})
-        path.chmod(mode)
-        _sync(path)
+        durable.save_tensors(path, self.pending)
         self.pending, self.pending_bytes = {}, 0
         self.homes.clear()
 
@@ -228,16 +227,12 @@ class Writer:
         # config.json goes last: a directory without it is not yet a checkpoint.
         (self.path / CONFIG).unlink(missing_ok=True)
         for (path, _), name in zip(self.files, names, strict=True):
-            os.replace(path, self.path / name)
+            durable.replace(path, self.path / name)
         for path in stale:
-            path.unlink()
+            durable.unlink(path)
         texts[CONFIG] = (json.dumps(config, indent=2) + "\n").encode()
         for name, data in texts.items():
-            temporary = self.path / f".fewbit-{os.getpid()}.part"
-            temporary.write_bytes(data)
-            _sync(temporary)
-            os.replace(temporary, self.path / name)
-        _sync(self.path)
+            durable.write(self.path / name, data)
         self.files = []
         return [*names, *texts]
 
@@ -297,14 +292,14 @@ def shares_files(source: str | os.PathLike, target: str | os.PathLike) -> list[s
     return sorted(p.name for p in Path(target).iterdir() if _inode(p) in inodes)
 
 
-def side_files(source: Path, names: Iterable[str]) -> dict[str, bytes]:
-    """The small text files beside the weights (tokenizer and the like) that exist."""
+def side_files(source: Path, names: Iterable[str], limit: int = MAX_JSON) -> dict[str, bytes]:
+    """The text files beside the weights (tokenizer and the like) that exist, as they are."""
     found = {}
     for name in names:
         if (source / name).is_file():
             path = regular_file(source, name, Path(name).suffix)
-            if path.stat().st_size > MAX_JSON:
-                raise UnsafeFileError(f"{name} is above {MAX_JSON} bytes")
+            if path.stat().st_size > limit:
+                raise UnsafeFileError(f"{name} is above {limit} bytes")
             found[name] = path.read_bytes()
     return found
 
@@ -315,11 +310,3 @@ def _inode(path: Path) -> tuple[int, int] | None:
     except OSError:
         return None
     return info.st_dev, info.st_ino
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

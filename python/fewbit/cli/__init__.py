@@ -2,7 +2,7 @@
 
 One module a command: the first line of its docstring is its help, ``EXAMPLE`` its example,
 ``USAGE`` what follows its name, ``arguments(parser)`` its options, ``run(options)`` its Result.
-Exit codes: 0 done, 2 wrong use, 3 stopped but resumable, 4 not supported, 130 interrupted.
+Exit codes: 0 done, 2 wrong use, 3 stopped but resumable, 4 not supported.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ from typing import NamedTuple
 
 import torch
 
-from .. import __version__
-from ..errors import FewbitError, UsageError
+from .. import __version__, interrupt
+from ..errors import FewbitError, ResumableStop, UsageError
 
 COMMANDS = (
-    "quantize", "eval", "inspect", "convert", "report", "doctor", "explain", "demo", "bench",
+    "quantize", "estimate", "eval", "inspect", "convert", "report", "doctor", "explain", "demo",
+    "bench",
     "completion",
 )  # fmt: skip
 
@@ -45,7 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if options.threads < 1:
                 raise UsageError(f"--threads must be at least 1, got {options.threads}")
             torch.set_num_threads(options.threads)
-        result = options.run(options)
+        with interrupt.prompt(lambda: _stopped(options), ResumableStop.exit_code):
+            result = options.run(options)
         if options.json:
             print(json.dumps(result.data, indent=1))
         elif not options.quiet:
@@ -54,11 +56,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"fewbit {options.command}: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        print(f"fewbit {options.command}: interrupted, nothing was written", file=sys.stderr)
-        return 130
+        print(_stopped(options), file=sys.stderr)
+        return ResumableStop.exit_code
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
+
+
+def _stopped(options) -> str:
+    """What to say after Ctrl-C."""
+    kept = ""
+    if options.command == "quantize":
+        from ..journal import folder_of
+
+        if folder_of(options.output).exists():
+            kept = f"; finished layers are in {folder_of(options.output)}, the same command goes on"
+    return f"fewbit {options.command}: interrupted{kept}"
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from . import Result
 from .inspect import engines
-from .quantize import check_output
 
 USAGE = "DIR OUT --to FORMAT [options]"
 EXAMPLE = "fewbit convert OUT OUT_AWQ --to awq"
@@ -23,8 +22,9 @@ def arguments(parser) -> None:
 
 def run(options) -> Result:
     from ..conversion import convert
+    from ..journal import check_output
 
-    check_output(options.output)
+    check_output(None, options.output)
     done = convert(
         options.model, options.output, options.to,
         max_shard_size=options.max_shard_size, rounding=options.allow_rounding,

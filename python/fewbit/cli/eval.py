@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..errors import UsageError
+from ..report import REPORT
 from . import Result
-from .quantize import REPORT
 
 USAGE = "DIR --text FILE [options]"
 EXAMPLE = "fewbit eval OUT --text text.txt --window 2048 --against MODEL_DIR"

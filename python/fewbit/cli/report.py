@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ..report import REPORT
 from . import Result
-from .quantize import REPORT
 
 USAGE = "OUT [-o FILE]"
 EXAMPLE = "fewbit report OUT -o report.html"

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from ..errors import DamagedFileError
 
+REPORT = "fewbit_report.json"  # its name in a quantised directory
+
 
 @dataclass
 class LinearRecord:

@@ -1,0 +1,336 @@
+"""What a run will take, from headers and a second of measuring: memory, disk, time.
+
+Memory is a sum of what is alive at the same time in each phase, as the code makes it; the largest
+phase is the peak. Times are counts of work over rates measured on this machine just before.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from .calibrate import Windows
+from .durable import storing
+from .errors import AlreadyQuantizedError, OutputError, UsageError
+from .families import decoder_layers
+from .linearise import linearise
+from .recipes import Recipe
+from .shards import Shards
+from .source import Directory, Source
+
+MIB = 1 << 20
+LIBRARIES = 96 * MIB  # code and buffers that the first products and rotations bring in
+FLOAT, WIDE = 4, 8  # bytes of the types that are computed in
+
+
+@dataclass
+class Phase:
+    """One part of a run: peak ``memory`` in bytes above the empty process, and seconds in all."""
+
+    name: str
+    memory: int
+    seconds: float
+
+
+@dataclass
+class Plan:
+    """``base``: bytes the process has without the model; ``disk``: bytes the run writes at most at
+    one time; ``activations``: bytes of hidden states that stay in memory."""
+
+    base: int
+    phases: list[Phase]
+    disk: int
+    output: int
+    dtype: torch.dtype
+    hidden: int = 0  # bytes of one set of hidden states
+    activations: float = float("inf")
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def memory(self) -> int:
+        return self.base + max(phase.memory for phase in self.phases)
+
+    @property
+    def seconds(self) -> float:
+        return sum(phase.seconds for phase in self.phases)
+
+    def require(self, memory: int | None, output) -> None:
+        """Raise UsageError unless memory and disk suffice; hidden states spill to disk if needed.
+
+        The message names the smallest change that fits.
+        """
+        if memory is not None:
+            self.fit(memory)
+        folder = next(p for p in Path(output).absolute().parents if p.exists())
+        free, needed = shutil.disk_usage(folder).free, int(self.disk * 1.05)
+        if needed > free:
+            raise OutputError(
+                f"{folder} has {free:,} bytes free, but the run needs {needed:,} there: free "
+                f"{needed - free:,} bytes or choose another output"
+            )
+
+    def fit(self, memory: int) -> None:
+        """Let hidden states spill to disk, or raise UsageError with what would fit."""
+        over = self.memory - memory
+        if over <= 0:
+            return
+        kept = 2 * self.hidden  # before and behind the layer
+        if self.hidden and over <= kept:
+            self.activations = kept - over
+            self.phases = [
+                Phase(p.name, p.memory - (over if p.name == "layers" else 0), p.seconds)
+                for p in self.phases
+            ]
+            self.disk += over
+            self.notes.append(f"{over:,} bytes of hidden states go to disk")
+            over = self.memory - memory
+        if over > 0:
+            worst = max(self.phases, key=lambda phase: phase.memory)
+            needs = -(-self.memory // MIB)
+            raise UsageError(
+                f"--memory {memory // MIB}MiB is too little: phase {worst.name!r} needs {needs} "
+                f"MiB; the smallest change that fits is --memory {needs}MiB"
+            )
+
+    def __str__(self) -> str:
+        lines = [
+            f"plan      {self.memory / MIB:,.0f} MiB of memory, {self.disk / MIB:,.0f} MiB of "
+            f"disk, {_time(self.seconds)}"
+        ]
+        for phase in self.phases:
+            peak = (self.base + phase.memory) / MIB
+            lines.append(f"  {phase.name:<10}{peak:>8,.0f} MiB {_time(phase.seconds):>10}")
+        lines.append(f"  output    {self.output / MIB:>8,.0f} MiB")
+        return "\n".join([*lines, *(f"  {note}" for note in self.notes)])
+
+    def show(self, journal: Path) -> None:
+        print(f"{self}\n  journal   {journal}", file=sys.stderr, flush=True)
+
+    def to_dict(self) -> dict:
+        return {
+            "memory": self.memory, "disk": self.disk, "seconds": self.seconds,
+            "output": self.output, "notes": self.notes,
+            "phases": {p.name: {"memory": self.base + p.memory, "seconds": p.seconds}
+                       for p in self.phases},
+        }
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:,.0f} s" if seconds < 600 else f"{seconds / 60:,.0f} min"
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Of this machine, now: flop/s of products, weights/s through solve and pack, bytes/s."""
+
+    products: float
+    weights: float
+    write: float
+    read: float
+
+
+def measure(recipe: Recipe, shards: Shards, folder: Path) -> Rates:
+    """A second of work of each kind."""
+    from .recipes import rtn
+
+    generator = torch.Generator().manual_seed(0)
+    a = torch.randn(768, 768, generator=generator)
+    products = 2 * 768**3 / _best(lambda: a @ a)
+    linear = nn.Linear(1024, 512, bias=False)
+    linear.weight.data = torch.randn(512, 1024, generator=generator)
+    solver, scheme = rtn(recipe.scheme).solver, recipe.scheme
+
+    def solve() -> None:
+        from .pipeline import relative_error
+
+        module = solver.build(linear, "", scheme, None, False)[0]
+        relative_error(linear.weight.data, module.weight, None)
+        module.codes()
+
+    weights = linear.weight.numel() / _best(solve)
+    block = bytes(4 * MIB)
+
+    def write() -> None:
+        with storing(folder, len(block)), tempfile.TemporaryFile(dir=folder) as file:
+            file.write(block)
+            file.flush()
+            os.fsync(file.fileno())
+
+    written = len(block) / _best(write, 2)
+    name = max(shards.entries, key=lambda n: min(shards.entries[n].nbytes, 64 * MIB))
+    started = time.perf_counter()
+    tensor = shards.read(name)
+    part = tensor.reshape(-1)[: 16 * MIB].to(torch.float32, copy=True)
+    read = part.numel() * tensor.element_size() / (time.perf_counter() - started)
+    shards.close()
+    return Rates(products, weights, written, read)
+
+
+def _best(run, repeats: int = 4) -> float:
+    seconds = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - started)
+    return sorted(seconds)[len(seconds) // 2]
+
+
+def stored_dtype(shards: Shards) -> torch.dtype:
+    """The float type that most of a directory's bytes are stored in."""
+    sizes: dict[torch.dtype, int] = {}
+    for entry in shards.entries.values():
+        if entry.dtype.is_floating_point:
+            sizes[entry.dtype] = sizes.get(entry.dtype, 0) + entry.nbytes
+    if not sizes:
+        raise AlreadyQuantizedError(f"{shards.path} holds no float tensors")
+    return max(sizes, key=sizes.__getitem__)
+
+
+def rss() -> int:
+    """Bytes of this process in memory."""
+    try:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmRSS"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def estimate(
+    source: Source, shards: Shards, recipe: Recipe, data: Windows | None,
+    dtype: torch.dtype | None = None, folder: Path | None = None,
+) -> Plan:
+    """The plan of quantising a model directory; reads headers, and a few megabytes for the rate."""
+    model, family = source.model, source.family
+    rates = measure(recipe, shards, folder or Path(tempfile.gettempdir()))
+    dtype = dtype or stored_dtype(shards)
+    base = rss() + LIBRARIES
+    layers = decoder_layers(model, family)
+    inside = f"{family.layers}."
+    around = {n: p.numel() for n, p in model.named_parameters() if not n.startswith(inside)}
+    undo = linearise(model, family)
+    shapes = [
+        (linear.out_features, linear.in_features)
+        for linear in (layers[0].get_submodule(path) for path in family.linears())
+    ]
+    undo()
+    inputs = sorted({k for _, k in shapes}, reverse=True)
+    sizes = [n * k for n, k in shapes]
+    weights = max(sum(p.numel() for p in layer.parameters()) for layer in layers)
+    rest = weights - sum(sizes)
+    packed = [e * recipe.scheme.bits / 8 + 6 * e / recipe.scheme.group_of(k)
+              for e, (_, k) in zip(sizes, shapes, strict=True)]
+    biggest, count = max(sizes), len(layers)
+    stored = stored_dtype(shards).itemsize
+    tokens = 0 if data is None else sum(b.numel() for b in data.batches)
+    window = 0 if data is None else max(b.numel() for b in data.batches)
+    hidden = FLOAT * tokens * model.config.hidden_size
+    floats = 2 if recipe.solver.needs_cross else 1  # sets of hidden states
+    float_transforms = [t for t in recipe.transforms if not t.last]
+    rotated = any(not t.needs_stats and not t.last for t in recipe.transforms)
+    whole = not isinstance(source, Directory)
+
+    # Around the layers: the tables and the head, their wide copies, the probe's shaken head.
+    table, outer = max(around.values()), sum(around.values())
+    needed = data is not None or bool(float_transforms)
+    outside = dtype.itemsize * outer
+    if needed:
+        shaken = 4 * FLOAT * table if float_transforms else 0
+        wide = WIDE * (outer + table) if rotated else 0
+        outside = max(FLOAT * outer + stored * table, FLOAT * outer + shaken, wide,
+                      (FLOAT + dtype.itemsize) * outer)
+    # One layer: float weights still to be solved, packed ones, and the linear in hand.
+    solving = max(
+        FLOAT * (sum(sizes[i:]) + rest) + sum(packed[:i]) + transient(recipe, n, k)
+        for i, (n, k) in enumerate(shapes)
+    )
+    layer = max(FLOAT * weights + stored * biggest, solving)
+    if float_transforms:
+        layer = max(layer, FLOAT * (2 * weights + 4 * biggest))
+    if rotated:
+        layer = max(layer, WIDE * (weights + 2 * biggest))
+    grams = 0
+    if data is not None:
+        grams = FLOAT * sum(k * k for k in inputs) * (2 if recipe.solver.needs_cross else 1)
+        passing = FLOAT * window * (2 * sum(n for n, _ in shapes) // 2 + 4 * max(inputs))
+        layer += grams + passing + 2 * floats * hidden
+    if whole:
+        layer += FLOAT * (outer + weights * count)
+        outside += FLOAT * weights * count
+    scanning = min(shards_largest(shards), 256 * MIB) + stored * max(
+        e.nbytes // e.dtype.itemsize for e in shards.entries.values()
+    )
+    nbytes = sum(e.nbytes for e in shards.entries.values())
+    output = int(dtype.itemsize * (outer + rest * count) + sum(packed) * count)
+    written = output + floats * hidden * count
+    seconds = count * sum(
+        work(recipe, n, k, tokens, first) / rates.products + n * k / rates.weights
+        for (n, k), first in zip(shapes, _firsts(shapes), strict=True)
+    )
+    forward = 2 * tokens * sum(sizes) * count * (2 + 2 * (floats - 1)) / rates.products
+    io = stored * weights * count / rates.read + written / rates.write
+    notes = [f"the whole model is in memory: {source.reason}"] if whole else []
+    return Plan(
+        base,
+        [
+            Phase("scan", scanning, 2 * nbytes / rates.read),
+            Phase("around", outside, outer * stored / rates.read),
+            Phase("layers", layer, seconds + forward + io),
+        ],
+        output + 2 * floats * hidden + 8 * MIB,
+        output,
+        dtype,
+        hidden * floats,
+        notes=notes,
+    )
+
+
+def _firsts(shapes: list[tuple[int, int]]) -> list[bool]:
+    """Whether a linear is the first with its number of inputs."""
+    seen: set[int] = set()
+    return [not (k in seen or seen.add(k)) for _, k in shapes]
+
+
+def shards_largest(shards: Shards) -> int:
+    files: dict[str, int] = {}
+    for entry in shards.entries.values():
+        files[entry.file] = files.get(entry.file, 0) + entry.nbytes
+    return max(files.values())
+
+
+def transient(recipe: Recipe, n: int, k: int) -> int:
+    """Bytes beside the weights while one linear is solved: codes, the way back, the error."""
+    e, kind = n * k, type(recipe.solver).__name__
+    error = (16 if recipe.needs_stats else 12) * e
+    if kind == "GPTQ":
+        return max(error, 5 * e) + 3 * FLOAT * k * k
+    if kind == "Clip":
+        return max(error, 24 * e)
+    return error
+
+
+def work(recipe: Recipe, n: int, k: int, tokens: int, first: bool) -> float:
+    """Flops of statistics and search for one linear, in units of plain products."""
+    if not recipe.needs_stats:
+        return 0.0
+    total = 2.0 * n * k * k  # the error report
+    if first:
+        total += tokens * k * k  # the Gram matrix
+    if type(recipe.solver).__name__ == "GPTQ":
+        total += 4.0 * n * k * k + (4.0 * k**3 if first else 0.0)
+    for transform in recipe.transforms:
+        if type(transform).__name__ == "SearchScale":
+            total += 2.0 * n * k * k * 4
+    return total
