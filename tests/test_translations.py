@@ -17,7 +17,7 @@ LANGUAGES = ["ko", "zh"]
 TRANSLATED = {
     "": "1e34844191e739cb",
     "Two commands": "d0d71c6bc1f9a5c0",
-    "Ten lines": "a301ed95171554cc",
+    "Ten lines": "998bb77358af64f7",
     "Methods": "29faf840e332b0e7",
     "Results": "8aaa1c10a7561923",
     "How it is made": "d6d464860799138a",

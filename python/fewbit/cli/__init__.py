@@ -13,6 +13,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -69,7 +70,9 @@ def _stopped(options) -> str:
     if options.command == "quantize":
         from ..journal import folder_of
 
-        if folder_of(options.output).exists():
+        if (Path(options.output) / "config.json").exists():  # it appears whole, by one rename
+            kept = f"; {options.output} is finished all the same"
+        elif folder_of(options.output).exists():
             kept = f"; finished layers are in {folder_of(options.output)}, the same command goes on"
     return f"fewbit {options.command}: interrupted{kept}"
 
