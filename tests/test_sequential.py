@@ -106,7 +106,7 @@ def test_padding_enters_no_cross_statistic():
     def cross(tokens, mask):
         data = calibrate.Windows([tokens], [mask])
         inputs = calibrate.capture(model, family, data)
-        moved = [calibrate.replace(x, hidden=x.hidden * 1.01 + 0.01) for x in inputs]
+        moved = inputs.follow(x.hidden * 1.01 + 0.01 for x in inputs)
         stats, _ = calibrate.collect(layer, family, inputs, floats=calibrate.FloatPass(moved))
         return {path: s.cross for path, s in stats.items()}
 

@@ -325,9 +325,8 @@ class Whole(Source):
 def _finished(output: Path) -> Report | None:
     """The report of a run that was stopped between publishing its output and cleaning up."""
     root = folder_of(output)
-    if not (root / "identity.json").exists() or (root / "checkpoint").exists():
-        return None
-    if not (output / REPORT).exists():
+    published = root.exists() and not (root / "checkpoint").exists()
+    if not published or not (output / REPORT).exists():
         return None
     shutil.rmtree(root, ignore_errors=True)
     return Report.load(output / REPORT)

@@ -142,9 +142,11 @@ class Sweep:
         """Run again without a fault, compare, and clean up."""
         partial = self.out.exists() and any(self.out.iterdir())
         assert not partial or digest(self.out) == self.want, f"{what}: half an output"
-        if not partial or folder_of(self.out).exists():  # else it came too late to stop anything
-            code = wait(self.start())
-            assert code == 0, f"{what}: the resumed run ended with {code}"
+        if partial and not folder_of(self.out).exists():  # it had just finished
+            shutil.rmtree(self.out)
+            return
+        code = wait(self.start())
+        assert code == 0, f"{what}: the resumed run ended with {code}"
         assert digest(self.out) == self.want, f"{what}: other bytes than an uninterrupted run"
         left = [p.name for p in self.folder.iterdir() if p.name.startswith("out.")]
         assert not left, f"{what}: {left} is left"
