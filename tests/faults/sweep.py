@@ -98,20 +98,21 @@ def wait(pid: int) -> int:
 
 
 def digest(out: Path) -> str:
-    """SHA-256 over every byte of a finished output but the times in its report."""
+    """SHA-256 over every byte of a finished output but the times and threads in its report."""
     h = hashlib.sha256()
     for path in sorted(out.rglob("*")):
         data = path.read_bytes()
         if path.name == stream.REPORT:
-            data = json.dumps(_timeless(json.loads(data)), sort_keys=True).encode()
+            data = json.dumps(_result(json.loads(data)), sort_keys=True).encode()
         h.update(path.relative_to(out).as_posix().encode() + b"\0" + data + b"\0")
     return h.hexdigest()
 
 
-def _timeless(value):
+def _result(value):
+    """What a run found, without how long it took on how many threads (torchrun starts one)."""
     if isinstance(value, dict):
-        return {k: _timeless(v) for k, v in value.items() if k != "seconds"}
-    return [_timeless(v) for v in value] if isinstance(value, list) else value
+        return {k: _result(v) for k, v in value.items() if k not in ("seconds", "threads")}
+    return [_result(v) for v in value] if isinstance(value, list) else value
 
 
 class Sweep:
