@@ -4,15 +4,20 @@ import pytest
 import torch
 from torch import nn
 
-from fewbit import ops
-from fewbit.errors import UnsupportedError, UsageError
+from fewbit import formats, ops
+from fewbit.checkpoint import load, save
+from fewbit.conversion import convert
+from fewbit.errors import CheckpointError, UnsupportedError, UsageError
 from fewbit.pipeline import quantize_
+from fewbit.recipes import build
 from fewbit.scheme import Scheme
 from fewbit.solvers.clip import Clip, clamp_groups, clip_range
 from fewbit.solvers.gptq import GPTQ
+from fewbit.solvers.llm_int8 import LLMInt8
 from fewbit.solvers.mixed import CHOICES, Mixed, MixedLinear
 from fewbit.solvers.rtn import RTN
 from fewbit.stats import Stats
+from fewbit.stream import quantize_directory
 from test_scale import stats_of
 from test_smooth import DATA
 from tiny import probe, tiny
@@ -69,9 +74,74 @@ def test_over_gptq_and_in_the_pipeline():
     report = quantize_(model, "mixed", "w3a16g16", DATA, progress=False, fraction=0.05)
     assert all(len(r.info["kept"]) >= 2 for r in report.linears)
     assert bool(model(input_ids=probe()).logits.isfinite().all())
-    down = model.model.layers[0].mlp.down_proj
-    with pytest.raises(UnsupportedError, match="4 float columns beside its codes"):
-        down.codes()
+
+
+@pytest.mark.parametrize("method, base", [
+    ("mixed+gptq", GPTQ), ("gptq+mixed", GPTQ), ("awq+mixed", Clip), ("mixed", RTN),
+])
+def test_in_a_stack_the_other_solver_does_the_rest(method, base):
+    solver = build(method, "w3a16g16", fraction=0.05).solver
+    assert type(solver) is Mixed and type(solver.base) is base and solver.fraction == 0.05
+
+
+def test_llm_int8_stacks_with_transforms_and_no_solver():
+    assert isinstance(build("smoothquant+llm-int8", "w8a8").solver, LLMInt8)
+    with pytest.raises(UsageError, match="llm-int8 rounds by itself"):
+        build("llm-int8+gptq", "w8a8")
+
+
+@pytest.mark.parametrize("twin", ["opt", "llama-gqa", "gpt2", "mixtral"])
+def test_saved_and_loaded(twin, tmp_path):
+    """Codes, columns and logits, bit for bit; from memory and from a directory."""
+    model = tiny(twin)
+    quantize_(model, "mixed", "w4a16g8", DATA, progress=False, fraction=0.05)
+    save(model, tmp_path / "a", "fewbit")
+    with torch.no_grad():
+        want = model(input_ids=probe()).logits
+        again = load(tmp_path / "a")
+        assert torch.equal(again(input_ids=probe()).logits, want)
+        assert sum(isinstance(m, MixedLinear) for m in again.modules()) == sum(
+            isinstance(m, MixedLinear) for m in model.modules()
+        )
+        convert(tmp_path / "a", tmp_path / "b", "fewbit")
+        assert torch.equal(load(tmp_path / "b")(input_ids=probe()).logits, want)
+    for refused in (lambda: save(model, tmp_path / "c"),
+                    lambda: convert(tmp_path / "a", tmp_path / "c", "compressed-tensors")):
+        with pytest.raises(UnsupportedError, match="columns that stay float"):
+            refused()
+
+
+def test_a_directory_is_refused_before_the_work_or_written_whole(tmp_path):
+    tiny("llama-gqa").half().save_pretrained(tmp_path / "model")
+    run = (tmp_path / "model", tmp_path / "out", "mixed", "w3a16g16", DATA)
+    with pytest.raises(UnsupportedError, match="leaves columns that stay float, for which format"):
+        quantize_directory(*run, progress=False)
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.fewbit").exists()
+    quantize_directory(*run, progress=False, format="fewbit", fraction=0.05)
+    linear = load(tmp_path / "out").model.layers[1].self_attn.q_proj
+    float_ = tiny("llama-gqa").half().model.layers[1].self_attn.q_proj.weight
+    assert linear.kept_weight.dtype == torch.float16
+    assert torch.equal(linear.kept_weight, float_[:, linear.kept])
+
+
+def test_damaged_columns_are_refused():
+    linear, x = problem()
+    scheme, own = Scheme(3, 16), formats.get("fewbit")
+    module, _ = Mixed(0.05).build(linear, "l", scheme, stats_of(x), False)
+    good = own.pack(module.codes(), scheme, kept=module.kept, kept_weight=module.kept_weight)
+    own.check(good, scheme, 12, 40)
+    for change, message in (
+        ({"kept": torch.tensor([31, 7])}, "ascending columns in 0..39"),
+        ({"kept": torch.tensor([7, 7])}, "ascending columns"),
+        ({"kept": torch.tensor([7, 40])}, "ascending columns"),
+        ({"kept": torch.tensor([7])}, "kept names 1 columns, kept_weight has 2"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            own.extras({**good, **change}, scheme)
+    with pytest.raises(CheckpointError, match="belong together"):
+        own.extras({k: v for k, v in good.items() if k != "kept"}, scheme)
+    with pytest.raises(CheckpointError, match="kept_weight is torch.float32"):
+        own.check({**good, "kept_weight": torch.ones(11, 2)}, scheme, 12, 40)
 
 
 def test_refusals():
@@ -114,6 +184,13 @@ def test_asymmetric_ends_move_alone():
     eye[0, 0] = 1e-3  # the outlier's input hardly ever speaks
     low, high = clip_range(w, Scheme(3, 16, scale_dtype="float32"), eye, 10, 0.9)
     assert float(low) > -2 and float(high) > 0.9  # cut to a fifth, and hardly
+
+
+@pytest.mark.parametrize("twin, skipped", [("opt", 4), ("gpt2", 2), ("phi3", 2), ("bloom", 2)])
+def test_queries_and_keys_keep_their_range_on_request(twin, skipped):
+    for option, count in ((True, 0), (False, skipped)):
+        report = quantize_(tiny(twin), "awq", "w3a16g16", DATA, progress=False, clip_qk=option)
+        assert sum(not r.info["clipped"] for r in report.linears) == count
 
 
 def test_skip_and_pipeline():

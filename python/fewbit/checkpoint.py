@@ -28,6 +28,7 @@ from .errors import (
 )
 from .families import linear_names
 from .formats import Format
+from .formats.base import EXTRAS
 from .integrations import attach
 from .linear import PackedLinear
 from .linearise import linearise_known
@@ -152,6 +153,10 @@ def check_fits(model: nn.Module, recipe: Recipe, format: str) -> None:
     writer_format = formats.get(format)
     if format != "fewbit" and any(transform.online for transform in recipe.transforms):
         raise FormatLimitError(f"method {recipe.name!r} with scheme {recipe.scheme} {BESIDE}")
+    for key in (key for key in recipe.solver.leaves if key not in writer_format.holds):
+        raise FormatLimitError(
+            f"method {recipe.name!r} leaves {EXTRAS[key]}, for which format {format} has no place"
+        )
     for name in linear_names(model):
         linear = model.get_submodule(name)
         for scheme in recipe.possible_schemes:

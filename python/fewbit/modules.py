@@ -14,6 +14,7 @@ from .linear import MixedInt8Linear, PackedLinear
 from .pseudo import activation_module
 from .scheme import FLOAT_BITS, Codes, Scheme
 from .shards import Shards
+from .solvers.mixed import MixedLinear
 from .stored import Stored
 
 
@@ -64,6 +65,8 @@ def build_linear(
             None if scale is None else scale.float(),
             None if zero_point is None else zero_point.int(),
         )
+    if "kept" in extras:
+        return MixedLinear(codes, scheme, bias, extras["kept"], extras["kept_weight"])
     if "order" in extras:
         return OrderedLinear(codes, scheme, bias, extras["order"])
     return PackedLinear(codes, scheme, bias)
@@ -96,6 +99,7 @@ def extras(module: PackedLinear) -> dict[str, Tensor]:
         "input_zero_point": None if zero_point is None else zero_point.to(torch.int8),
         "threshold": getattr(module, "threshold", None),
         "kept": getattr(module, "kept", None),
+        "kept_weight": getattr(module, "kept_weight", None),
     }
     return {key: value for key, value in found.items() if value is not None}
 

@@ -1,7 +1,8 @@
 """A method is a recipe: transforms in order, then a solver, on a scheme.
 
 ``build("awq", "w4a16g128")`` makes one by name; ``build("awq+gptq", ...)`` stacks the transforms of
-both and takes the last solver that is not plain rounding.
+both and takes the last solver that is not plain rounding. In a stack "mixed" keeps its columns
+float and leaves the rest to the other solver.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from .errors import UsageError
 from .scheme import FLOAT_BITS, Scheme
 from .solvers import Solver
 from .solvers.auto import WIDTHS, Auto
-from .solvers.clip import Clip
+from .solvers.clip import QUERY_KEY, Clip
 from .solvers.gptq import GPTQ
 from .solvers.llm_int8 import LLMInt8
 from .solvers.mixed import Mixed
@@ -96,15 +97,20 @@ def awq(
     scheme: Scheme | str = "w4a16g128",
     points: int = 20,
     form: str = "duo",
+    closed_alpha: float = 0.5,
     inner: bool = True,
     clip: bool = True,
+    clip_qk: bool = True,
 ) -> Recipe:
     """Activation-aware scales (J. Lin et al., 2023), then rounding; ``clip``: on clipped ranges.
 
-    The defaults have the least perplexity on held-out calibration text (tests/bench_methods.py).
+    ``closed_alpha`` is the exponent of the closed forms (transforms/scale.py). ``clip_qk=False``
+    leaves queries and keys on their full range, and what a family fuses with them. The defaults
+    have the least perplexity on held-out calibration text (tests/bench_methods.py).
     """
-    solver = Clip() if clip else RTN()
-    return Recipe("awq", Scheme.parse(scheme), (SearchScale(points, form, inner=inner),), solver)
+    solver = Clip(skip=() if clip_qk else QUERY_KEY) if clip else RTN()
+    scales = SearchScale(points, form, closed_alpha, inner)
+    return Recipe("awq", Scheme.parse(scheme), (scales,), solver)
 
 
 SMOOTH_LEVELS = {"O1": "token", "O2": "tensor", "O3": "static"}
@@ -279,16 +285,26 @@ def build(method: str | Recipe, scheme: Scheme | str | None = None, **options) -
         raise UsageError(f"method {method!r}: {error}") from error
     if len(recipes) == 1:
         return recipes[0]
-    solvers = [r.solver for r in recipes if not isinstance(r.solver, RTN)]
     return Recipe(
         method,
         recipes[-1].scheme,
         tuple(t for r in recipes for t in r.transforms),
-        solvers[-1] if solvers else RTN(),
+        _stacked([r.solver for r in recipes], method),
         all(r.sequential for r in recipes),
         any(r.true_sequential for r in recipes),
         tune=next((r.tune for r in reversed(recipes) if r.tune is not None), None),
     )
+
+
+def _stacked(solvers: list[Solver], method: str) -> Solver:
+    """The one solver of a stack."""
+    solvers = [s for s in solvers if type(s) is not RTN]
+    if len(solvers) > 1 and any(isinstance(s, LLMInt8) for s in solvers):
+        raise UsageError(f"method {method!r}: llm-int8 rounds by itself, with no other solver")
+    keep = [s for s in solvers if isinstance(s, Mixed)]
+    rest = [s for s in solvers if not isinstance(s, Mixed)]
+    last = rest[-1] if rest else RTN()
+    return Mixed(keep[-1].fraction, keep[-1].by, keep[-1].seed, last) if keep else last
 
 
 def _share(parts: list[str], options: dict) -> list[dict]:

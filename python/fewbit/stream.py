@@ -51,6 +51,9 @@ from .trail import Trail
 from .transforms.fold import RMSNorm
 
 
+FLOAT = (".bias", ".kept_weight")  # what is float of a packed Linear
+
+
 def quantize_directory(
     path: str | os.PathLike,
     output: str | os.PathLike,
@@ -240,7 +243,7 @@ class Committing(Sink):
             return
         prefix = f"{self.source.family.layers}.{index}."
         tensors = {
-            name: self._cast(tensor) if name.rpartition(".")[2] == "bias" or not packed else tensor
+            name: self._cast(tensor) if not packed or name.endswith(FLOAT) else tensor
             for packed, group in stored_tensors(layer, prefix, self.format)
             for name, tensor in group.items()
         }

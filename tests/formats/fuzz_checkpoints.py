@@ -55,7 +55,9 @@ def seeds():
                 with Writer(folder, 3000) as writer:
                     for i, module in enumerate(("a.q_proj", "b.q_proj")):
                         codes = random_codes(32, 64, scheme, i, low=1)
-                        packed = formats.get(name).pack(codes, scheme)
+                        kept = {"kept": torch.tensor([3, 40]), "kept_weight": torch.ones(32, 2)}
+                        extras = kept if name == "fewbit" and i else {}
+                        packed = formats.get(name).pack(codes, scheme, **extras)
                         writer.add({f"{module}.{s}": t for s, t in packed.items()})
                     section = formats.get(name).config({"a.q_proj": scheme}, ["lm_head"])
                     writer.finish({"model_type": "llama", "quantization_config": section})

@@ -17,8 +17,12 @@ from .patterns import Pattern
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 
+ANY = -1
+
+
 class Spec(NamedTuple):
-    """What a stored tensor must look like: allowed dtypes, exact shape, may it be absent."""
+    """What a stored tensor must look like: allowed dtypes, shape (ANY is every size), may it be
+    absent."""
 
     dtypes: tuple[torch.dtype, ...]
     shape: tuple[int, ...]
@@ -89,7 +93,11 @@ class Format:
                     continue
                 raise CheckpointError(f"{name}.{suffix} is missing from a {self.name} checkpoint")
             tensor = tensors[suffix]
-            if tensor.dtype not in spec.dtypes or tuple(tensor.shape) != spec.shape:
+            fits = tensor.dim() == len(spec.shape) and all(
+                size in (ANY, found)
+                for size, found in zip(spec.shape, tensor.shape, strict=True)
+            )
+            if tensor.dtype not in spec.dtypes or not fits:
                 raise CheckpointError(
                     f"{name}.{suffix} is {tensor.dtype} {list(tensor.shape)}, but {scheme} with "
                     f"{n} outputs and {k} inputs needs {_names(spec.dtypes)} {list(spec.shape)}"
@@ -215,6 +223,7 @@ EXTRAS = {
     "input_zero_point": "static activation zero points",
     "threshold": "columns that turn float at a threshold, as in LLM.int8()",
     "kept": "columns that stay float",
+    "kept_weight": "columns that stay float",
 }
 
 

@@ -15,6 +15,7 @@ class Solver:
     needs_stats = False
     needs_cross = False  # True: reads Stats.cross
     compensates = False  # True: moves errors between columns, unlike plain rounding
+    leaves: tuple[str, ...] = ()  # what its modules have beside codes, as in formats.base.EXTRAS
 
     def solve(self, weight: Tensor, scheme: Scheme, stats: Stats | None) -> tuple[Codes, dict]:
         """The codes, and what the Report should know (rung of a fallback, chosen options)."""

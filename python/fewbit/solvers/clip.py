@@ -17,11 +17,15 @@ from ..stats import Stats
 from . import Solver
 
 
+# Endings of the linears that make queries and keys, alone or with the values: their errors meet in
+# a product of two activations that the loss here does not see.
+QUERY_KEY = ("q_proj", "k_proj", "query_key_value", "c_attn", "qkv_proj")
+
+
 class Clip(Solver):
     """``points`` shrink factors from 1 down to 1 - ``depth``; the full range is always among them.
 
-    ``skip``: endings of the paths that are not clipped, such as ("q_proj", "k_proj"), whose errors
-    meet in a product of two activations that this loss does not see.
+    ``skip``: endings of the paths that are not clipped, such as QUERY_KEY.
     """
 
     needs_stats = True

@@ -15,6 +15,8 @@ from .rtn import RTN
 class LLMInt8(RTN):
     """Rounds to nearest; columns of the input with some |x| >= ``threshold`` stay float."""
 
+    leaves = ("threshold",)
+
     def __init__(self, threshold: float = 6.0) -> None:
         if not threshold > 0:
             raise UsageError(f"threshold must be above 0, got {threshold}")

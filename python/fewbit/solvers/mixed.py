@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..errors import FormatLimitError, UnsupportedError, UsageError
+from ..errors import UnsupportedError, UsageError
 from ..linear import PackedLinear
 from ..scheme import Codes, Scheme
 from ..stats import Stats
@@ -23,8 +23,9 @@ CHOICES = ("activation", "random", "weight", "hessian")
 class MixedLinear(PackedLinear):
     """y = x W_q^T + x[kept] W_kept^T + b.
 
-    ``kept`` int64 [n] columns, ``kept_weight`` [out_features, n] in the float type of the original
-    weight; the codes of those columns stand for 0.
+    ``kept`` int64 [n] columns in ascending order, ``kept_weight`` [out_features, n] in the float
+    type of the original weight; the codes of those columns stand for 0. Stored in fewbit's own
+    format (formats/own.py).
     """
 
     def __init__(
@@ -37,31 +38,15 @@ class MixedLinear(PackedLinear):
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x) + x[..., self.kept] @ self.kept_weight.to(x.dtype).T
 
-    def codes(self) -> Codes:
-        raise FormatLimitError(
-            f"a MixedLinear keeps {len(self.kept)} float columns beside its codes, and no "
-            "checkpoint format stores both: save another method's result"
-        )
-
     @property
     def weight(self) -> Tensor:
         """The weight in use, float32 [out_features, in_features]."""
-        w = PackedLinear.weight.fget(_Codes(self))
+        w = super().weight
         w[:, self.kept] = self.kept_weight.float()
         return w
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, kept={len(self.kept)}"
-
-
-class _Codes:
-    """A MixedLinear's packed part, for PackedLinear's own way back to codes."""
-
-    def __init__(self, linear: MixedLinear) -> None:
-        self.scheme, self.linear = linear.scheme, linear
-
-    def codes(self) -> Codes:
-        return PackedLinear.codes(self.linear)
 
 
 class Mixed(Solver):
@@ -70,6 +55,8 @@ class Mixed(Solver):
     ``by``: "activation" (mean |x|), "hessian" (diagonal of X^T X), "weight" (mean |w| of the
     column) or "random" (``seed``). At least one column is kept.
     """
+
+    leaves = ("kept", "kept_weight")
 
     def __init__(
         self, fraction: float = 0.01, by: str = "activation", seed: int = 0,

@@ -42,6 +42,8 @@ class SearchScale(Transform):
             raise UsageError(f"form must be one of {', '.join(FORMS)}, got {form!r}")
         if points < 1:
             raise UsageError(f"points must be at least 1, got {points}")
+        if not 0 <= alpha <= 1:
+            raise UsageError(f"alpha of a closed form must be in 0..1, got {alpha}")
         self.points, self.form, self.alpha, self.inner = points, form, alpha, inner
 
     @torch.no_grad()
