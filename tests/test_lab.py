@@ -1,14 +1,16 @@
 """The lab functions: parity against a transcription of the published formulas, bit for bit."""
 
 import copy
+import inspect
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 import exercises
 from fewbit import lab
-from fewbit.errors import CalibrationError
+from fewbit.errors import CalibrationError, UnsupportedError, UsageError
 from tiny import probe, tiny
 
 CASES = {
@@ -158,6 +160,76 @@ def test_evaluate_weighs_windows_alike():
     assert got == pytest.approx(float(loss.exp()), rel=1e-5)
     with pytest.raises(CalibrationError, match="needs text="):
         lab.evaluate(model, None)
+
+
+# The labs' harness and exercises: names and parameters, in the exercises' order.
+NAMES = {
+    "evaluate": "model tokenizer", "get_model_size": "model data_width group_size",
+    "LLMModel": "model_name weights_path",
+    "get_calib_dataset": "tokenizer n_samples block_size", "get_calib_feat": "model tokenizer",
+    "pseudo_quantize_tensor": "w n_bit q_group_size",
+    "pseudo_quantize_model_weight": "model w_bit q_group_size",
+    "pseudo_quantize_model_salient_weight_fp16": "model w_bit q_group_size input_feat",
+    "pseudo_quantize_model_random_weight_fp16": "model w_bit q_group_size input_feat",
+    "pseudo_quantize_model_weight_scaleup": "model w_bit q_group_size input_feat scale_factor",
+    "scale_ln_fcs": "ln fcs scales", "scale_fc_fc": "fc1 fc2 scales",
+    "auto_scale_block": "module name w_bit q_group_size input_feat",
+    "pseudo_quantize_model_weight_auto_scale": "model w_bit q_group_size input_feat",
+    "W8A8Linear": "", "quantize_weight_per_channel_absmax": "w n_bits",
+    "quantize_weight_per_tensor_absmax": "w n_bits",
+    "quantize_activation_per_token_absmax": "t n_bits",
+    "quantize_activation_per_tensor_absmax": "t n_bits",
+    "quantize_opt": "model quantize_bits", "smooth_lm_by_scale": "model scale",
+    "smooth_ln_fcs_by_scale": "ln fcs scale", "smooth_ln_fcs": "ln fcs act_scales alpha",
+    "get_act_scales": "model tokenizer dataset_path num_samples seq_len",
+    "smooth_lm": "model scales alpha", "get_orthogonal_matrix": "size mode dtype device",
+    "fuse_ln_linear": "layernorm linear_layers", "fuse_layer_norms_tinyllama": "model",
+    "rotate_model_weight": "model R1", "quantize_tinyllama": "model",
+    "plot_2d_layer_comparison": "output1 output2 title1 title2 layer_range seq_slice",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_exercise_is_here_under_its_name_and_parameters(name):
+    parameters = inspect.signature(getattr(lab, name)).parameters.values()
+    own = NAMES[name].split()
+    assert [p.name for p in parameters][: len(own)] == own
+    if own:  # everything beyond the exercise's own has a default
+        assert all(p.default is not p.empty for p in list(parameters)[len(own) :])
+
+
+@torch.no_grad()
+def test_the_model_by_name_is_changed_and_reset(tmp_path, capsys, shared):
+    path = shared / "models/opt-tiny"
+    text = (shared / "data/books_test.txt").read_text()[:20000]
+    llm = lab.LLMModel(str(path), text=text)
+    assert not llm.model_changed
+    before = llm.model_evaluate(32, windows=2, window=64)
+    size = sum(p.numel() for p in llm.model.parameters()) * 32 / 8 / 2**20
+    assert f"model size: {size:.2f} MiB" in capsys.readouterr().out
+    for change in (lambda: lab.pseudo_quantize_model_weight(llm.model, 2, 64),
+                   lambda: lab.quantize_opt(llm.model)):
+        change()
+        assert llm.model_changed
+        llm.model_reset()
+        assert not llm.model_changed
+        assert llm.model_evaluate(windows=2, window=64) == before
+    norm = "model.decoder.final_layer_norm.weight"
+    save_file({norm: torch.full((256,), 2.0)}, tmp_path / "w.safetensors")
+    other = lab.LLMModel(str(path), str(tmp_path / "w.safetensors"))
+    assert float(other.model.get_parameter(norm).min()) == 2 and not other.model_changed
+    save_file({"x": torch.ones(1)}, tmp_path / "w.safetensors")
+    with pytest.raises(UsageError, match="holds 'x', which the model does not have"):
+        lab.LLMModel(str(path), str(tmp_path / "w.safetensors"))
+
+
+def test_exercises_about_opt_refuse_other_models():
+    for run in (lambda m: lab.quantize_opt(m),
+                lambda m: lab.pseudo_quantize_model_weight_auto_scale(m, 3, 16, {})):
+        with pytest.raises(UnsupportedError, match="the model is LlamaForCausalLM"):
+            run(tiny("llama-gqa"))
+    with pytest.raises(CalibrationError, match="needs samples="):
+        lab.get_calib_feat(tiny("opt"), None)
 
 
 @torch.no_grad()

@@ -3,7 +3,8 @@
 ``from fewbit.lab import *`` replaces the functions of the AWQ and SmoothQuant exercises. Default:
 the corrected form. ``parity=True``: the exercise's arithmetic bit for bit, quirks included; each
 quirk is told where it lives. Models are changed in place. Data the exercises download are
-arguments here (``text``, ``texts``): nothing is fetched. Section 5 (rotation) is in lab_rotate.py.
+arguments here (``text``, ``texts``, ``samples``): nothing is fetched. Section 5 (rotation) is in
+lab_rotate.py.
 """
 
 from __future__ import annotations
@@ -16,15 +17,22 @@ from torch import Tensor, nn
 
 from . import lab_rotate, ops
 from .calibrate import read_text
-from .errors import MissingCalibrationError, NonFiniteError, ShortTextError, UsageError
-from .families import decoder_layers, describe
+from .errors import (
+    MissingCalibrationError,
+    NonFiniteError,
+    ShortTextError,
+    UnknownFamilyError,
+    UsageError,
+)
+from .families import Family, decoder_layers, describe
 from .lab_rotate import *  # noqa: F403
 from .transforms.edges import Edge, apply_scale, edges
 from .transforms.scale import awq_scale
 from .transforms.smooth import smooth_scale
+from .undo import Snapshot
 
-# A star import leaves a notebook its own evaluate, get_calib_dataset and get_calib_feat, which
-# fetch their data; here data is an argument.
+# A star import leaves a notebook its own LLMModel, evaluate, get_calib_dataset and get_calib_feat,
+# which fetch their data; here data is an argument.
 __all__ = [
     *lab_rotate.__all__,
     "W8A8Linear",
@@ -83,6 +91,51 @@ def get_model_size(model: nn.Module, data_width: int = 16, group_size: int = -1)
     return sum(p.numel() for p in model.parameters()) * width
 
 
+class LLMModel:
+    """A float model by name, changed by the exercises and put back.
+
+    ``model_name``: a directory, or a name that transformers finds; ``weights_path``: a safetensors
+    file whose tensors replace those of the same names; ``text``: what ``model_evaluate`` reads.
+    """
+
+    def __init__(
+        self, model_name: str, weights_path: str | None = None, *, text: str | None = None
+    ) -> None:
+        from .checkpoint import transformers
+
+        hf, named = transformers(), {"dtype": torch.float32, "use_safetensors": True}
+        self.model = hf.AutoModelForCausalLM.from_pretrained(model_name, **named).eval()
+        self.model.requires_grad_(False)
+        self.tokenizer = hf.AutoTokenizer.from_pretrained(model_name)
+        if weights_path is not None:
+            from safetensors.torch import load_file
+
+            found = self.model.load_state_dict(load_file(weights_path), strict=False)
+            if found.unexpected_keys:
+                name = min(found.unexpected_keys)
+                raise UsageError(f"{weights_path} holds {name!r}, which the model does not have")
+        self.text = text
+        self._loaded = Snapshot(self.model)
+
+    @property
+    def model_changed(self) -> bool:
+        """A module or a value is another than after loading or ``model_reset``."""
+        return self._loaded.differs()
+
+    def model_reset(self) -> None:
+        """The float weights again, bit for bit."""
+        self._loaded.restore(self.model)
+        self._loaded = Snapshot(self.model)
+
+    def model_evaluate(self, data_width: int = 16, group_size: int = -1, **options) -> float:
+        """Prints and returns the perplexity (``evaluate``), and prints the size in MiB if all
+        parameters had that width."""
+        value = evaluate(self.model, self.tokenizer, self.text, **options)
+        print(f"model perplexity: {value:.2f}")
+        print(f"model size: {get_model_size(self.model, data_width, group_size) / 2**23:.2f} MiB")
+        return value
+
+
 def get_calib_dataset(
     tokenizer=None, n_samples: int = 256, block_size: int = 512, texts: Iterable[str] = ()
 ) -> list[Tensor]:
@@ -103,8 +156,13 @@ def get_calib_dataset(
 
 
 @torch.no_grad()
-def get_calib_feat(model: nn.Module, tokenizer, samples: list[Tensor]) -> Features:
-    """By linear: one vector per block, the mean over tokens of |input| per channel."""
+def get_calib_feat(
+    model: nn.Module, tokenizer, samples: list[Tensor] | None = None
+) -> Features:
+    """By linear: one vector per block, the mean over tokens of |input| per channel (the slides say
+    L1 norm, which would be the sum). ``samples``: token blocks, as of ``get_calib_dataset``."""
+    if samples is None:
+        raise MissingCalibrationError("get_calib_feat needs samples=, blocks of token ids")
     found: Features = {}
     _hooked(model, samples, lambda name, x: found.setdefault(name, []).append(
         x.reshape(-1, x.shape[-1]).abs().mean(0).cpu()
@@ -135,7 +193,8 @@ def pseudo_quantize_tensor(
     """Round ``w`` [rows, columns] to its grid and back.
 
     Parity: the range is not extended to hold 0, so a group of one sign collapses (1.00 .. 1.15
-    becomes 0.15 everywhere) and a constant group becomes nearly 0.
+    becomes 0.15 everywhere) and a constant group becomes nearly 0. The exercise's last assertion
+    fails for its own default group, -1; here that is one group a row in both forms.
     """
     if not parity:
         return ops.pseudo_quantize(w, n_bit, q_group_size)
@@ -236,7 +295,11 @@ def scale_fc_fc(fc1: nn.Linear, fc2: nn.Linear, scales: Tensor) -> None:
 
 @torch.no_grad()
 def _search_module_scale(block, linears2scale, x, w_bit, q_group_size, parity=False) -> Tensor:
-    """The scale of 20 ratios with the least mean squared error of ``block``'s output."""
+    """The scale of 20 ratios with the least mean squared error of ``block``'s output.
+
+    s over sqrt(max s min s), as in the first lab and in AWQ's code. A slide of the second prints
+    max s + min s there, which changes all of s by one factor, and so only how weights round.
+    """
     def run():
         out = block(x)
         return out[0] if isinstance(out, tuple) else out
@@ -292,11 +355,22 @@ def auto_scale_block(
     scale_fc_fc(module.fc1, module.fc2, s)
 
 
+def _opt(model: nn.Module) -> Family:
+    """The model's family, or UnknownFamilyError: these exercises name OPT's own modules."""
+    family = describe(model)
+    if family.name != "opt":
+        raise UnknownFamilyError(
+            f"this exercise is about OPT's modules, and the model is {type(model).__name__}: use "
+            "fewbit.quantize_ for any family"
+        )
+    return family
+
+
 def pseudo_quantize_model_weight_auto_scale(
     model: nn.Module, w_bit: int, q_group_size: int, input_feat: Features, parity: bool = False
 ) -> None:
     """AWQ: scale every OPT decoder layer, then quantise all linears."""
-    family = describe(model)
+    family = _opt(model)
     for i, layer in enumerate(decoder_layers(model, family)):
         auto_scale_block(layer, f"{family.layers}.{i}", w_bit, q_group_size, input_feat, parity)
     pseudo_quantize_model_weight(model, w_bit, q_group_size, parity)
@@ -369,7 +443,7 @@ class W8A8Linear(nn.Module):
 def quantize_opt(model: nn.Module, quantize_bits: int = 8, weight_quant="per_tensor",
                  act_quant="per_tensor", quantize_bmm_input=True) -> nn.Module:
     """W8A8Linear in place of every decoder linear of an OPT model."""
-    for layer in decoder_layers(model):
+    for layer in decoder_layers(model, _opt(model)):
         for parent, names in ((layer.self_attn, ("q_proj", "k_proj", "v_proj", "out_proj")),
                               (layer, ("fc1", "fc2"))):
             for name in names:

@@ -50,7 +50,6 @@ from .source import Directory, Source, scan
 from .trail import Trail
 from .transforms.fold import RMSNorm
 
-
 FLOAT = (".bias", ".kept_weight")  # what is float of a packed Linear
 
 

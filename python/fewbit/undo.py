@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from .errors import NotQuantizedError
@@ -33,6 +34,13 @@ class Snapshot:
         config = getattr(model, "config", None)
         self.config = None if config is None else dict(vars(config))
         self.tied = getattr(model, "all_tied_weights_keys", None)
+
+    def differs(self) -> bool:
+        """The model has another module or another value now."""
+        return any(m._modules != children for m, children in self.modules.items()) or any(
+            table.get(name) is None or not torch.equal(table[name], copy)
+            for table, name, _, copy in self.tensors
+        )
 
     def restore(self, model: nn.Module) -> None:
         for module, children in self.modules.items():

@@ -16,7 +16,6 @@ from ..scheme import Codes, Scheme
 from ..stats import Stats
 from . import Solver
 
-
 # Endings of the linears that make queries and keys, alone or with the values: their errors meet in
 # a product of two activations that the loss here does not see.
 QUERY_KEY = ("q_proj", "k_proj", "query_key_value", "c_attn", "qkv_proj")
