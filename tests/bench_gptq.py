@@ -10,7 +10,6 @@ Exit status 1 when a bar is missed.
 
 import argparse
 import json
-import resource
 import sys
 import time
 from pathlib import Path
@@ -22,7 +21,10 @@ import fewbit
 from conftest import SHARED
 from fewbit import calibrate, checkpoint, ops
 from fewbit.families import decoder_layers, describe
+from fewbit.scheme import Codes, Scheme
 from fewbit.solvers.factor import factorize
+from fewbit.solvers.gptq import GPTQ
+from fewbit.stats import Stats
 
 # What plain code reaches (README beside the models): rtn, awq, gptq.
 PLAIN = {
@@ -101,32 +103,57 @@ def eager(w, h, bits: int, group: int, block: int = 128) -> torch.Tensor:
     return q
 
 
+def peak_bytes(function) -> int:
+    """The most memory that this process holds while ``function`` runs, beyond what it held before
+    (Linux counts it in whole pages, what libraries map and MKL buffers included)."""
+
+    def field(name: str) -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith(name)) * 1024
+
+    Path("/proc/self/clear_refs").write_text("5")  # the mark is at what is held now
+    before = field("VmRSS")
+    result = function()
+    peak = field("VmHWM") - before
+    del result
+    return peak
+
+
 def speed(size: int = 4096, repeats: int = 3) -> dict:
     """Factor and solve of one layer, both ways in turn; the least time of each."""
     torch.manual_seed(0)
     w, x = torch.randn(size, size), torch.randn(2 * size, size)
     h = x.T @ x
     del x
-    times = {"factor": [], "solve": [], "eager": []}
-    peak = None
+
+    def ours() -> Codes:
+        return Codes(*ops.gptq(w, factorize(h, 0.01).c, 4, 128))
+
+    ops.gptq(w[:64, :256], factorize(h[:256, :256], 0.01).c, 4, 128)  # loads what is loaded once
+    peak = peak_bytes(ours)
+    default = lambda: GPTQ().solve(w, Scheme(), Stats(2 * size, w[0], w[0], h))  # noqa: E731
+    times = {"factor": [], "solve": [], "eager": [], "solver's defaults": []}
     for _ in range(repeats):
-        start, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        start = time.perf_counter()
         factor = factorize(h, 0.01)
         middle = time.perf_counter()
         codes = ops.gptq(w, factor.c, 4, 128)
         times["factor"].append(middle - start)
         times["solve"].append(time.perf_counter() - middle)
-        after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        peak = (after - before) * 1024 if peak is None else peak
-        del factor, codes
         start = time.perf_counter()
-        eager(w, h, 4, 128)
+        theirs = eager(w, h, 4, 128)
         times["eager"].append(time.perf_counter() - start)
+        start = time.perf_counter()
+        default()
+        times["solver's defaults"].append(time.perf_counter() - start)
     best = {k: min(v) for k, v in times.items()}
     best["ratio"] = (best["factor"] + best["solve"]) / best["eager"]
     best["peak / Hessian"] = peak / (4 * size * size)
+    losses = [float((((q - w) @ h) * (q - w)).sum()) for q in (ops.dequantize(*codes, 128), theirs)]
+    best["loss / eager's"] = losses[0] / losses[1]
     for key, value in best.items():
-        print(f"{key:16} {value:.3f}")
+        print(f"{key:18} {value:.3f}")
+    assert abs(best["loss / eager's"] - 1) < 0.01
     return best
 
 

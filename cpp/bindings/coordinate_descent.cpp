@@ -7,16 +7,13 @@ namespace fewbit::bindings {
 
 namespace {
 
-// Rows per pass: bounds the scratch, and is enough work for many threads.
-constexpr int64_t pass_rows = 1024;
-
 template <class Real>
 void descend(const Tensor& w, const Tensor& h, const Tensor& scale, const Tensor& zero_point,
              Tensor& q, int64_t bits, int64_t group, int64_t sweeps) {
   using Args = CoordinateDescent<Real>;
   const int64_t rows = w.size(0), columns = w.size(1), groups = scale.size(1);
   const DType dtype = dtype_of(w, "w");
-  const int64_t pass = rows < pass_rows ? rows : pass_rows;
+  const int64_t pass = rows_per_pass<Args>(rows);
   Tensor work =
       empty({(pass + Args::panel - 1) / Args::panel, columns + Args::padding, Args::panel},
             real_type<Real>);

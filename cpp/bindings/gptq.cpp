@@ -10,9 +10,6 @@ namespace fewbit::bindings {
 
 namespace {
 
-// Rows per pass: bounds the working copy of w, and is enough work for many threads.
-constexpr int64_t pass_rows = 1024;
-
 GroupFit fit_named(const std::string& text) {
   if (text == "in_order") return GroupFit::in_order;
   check(text == "before", "fit must be in_order or before, got \"", text, "\"");
@@ -42,7 +39,7 @@ void solve(const Tensor& w, const Tensor& c, const std::optional<Tensor>& import
            int64_t block, int64_t points, GroupFit fit, const Grid& grid) {
   const int64_t rows = w.size(0), columns = w.size(1), groups = s.size(1);
   const DType dtype = dtype_of(w, "w");
-  const int64_t pass = rows < pass_rows ? rows : pass_rows;
+  const int64_t pass = rows_per_pass<Gptq<Real>>(rows);
   const int64_t panels = (pass + Gptq<Real>::panel - 1) / Gptq<Real>::panel;
   const int64_t tasks = (panels + Gptq<Real>::task_panels - 1) / Gptq<Real>::task_panels;
   Tensor work = empty({panels, columns + Gptq<Real>::padding, Gptq<Real>::panel}, real_type<Real>);

@@ -46,4 +46,12 @@ void run(const Args& args, int64_t grain, Interrupt& interrupt) {
     torch::stable::parallel_for(0, tasks, grain, range);
 }
 
+// Rows that a second-order solver takes at a time, a task for each thread: its scratch is as large
+// as they are. Rows are independent, so their number changes no bit.
+template <class Args>
+int64_t rows_per_pass(int64_t rows) {
+  const auto threads = static_cast<int64_t>(torch::stable::get_num_threads());
+  return std::min(rows, Args::panel * Args::task_panels * std::max<int64_t>(threads, 1));
+}
+
 }  // namespace fewbit::bindings

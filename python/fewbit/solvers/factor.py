@@ -8,7 +8,8 @@ solving order: one Cholesky factorisation of the reversed matrix, and no inverse
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -19,6 +20,7 @@ from ..errors import HessianError
 from ..stats import sum_type
 
 RUNGS = ("damp", "damp x 10", "damp x 100", "damp x 1000", "floor", "rtn")
+ROWS = 64  # moved at a time: a factor needs little more memory than its own
 
 
 @dataclass
@@ -67,8 +69,7 @@ def factorize(gram: Tensor, damp: float = 0.01, order: Tensor | None = None) -> 
     None when ``gram`` [K, K] holds NaN or infinities. Raises CalibrationError when it is all zero:
     no activation has reached the layer, and rounding it plainly would hide that.
     """
-    low, high = (float(v) for v in torch.aminmax(gram)) if gram.numel() else (0.0, 0.0)
-    if not math.isfinite(low) or not math.isfinite(high):
+    if not _finite(gram):
         return None
     diagonal = gram.diagonal().double()
     live = diagonal > 0
@@ -90,10 +91,15 @@ def factorize(gram: Tensor, damp: float = 0.01, order: Tensor | None = None) -> 
         if _cholesky_(m):
             diagonal = m.diagonal().clone()
             m.div_(diagonal)
-            if bool(m.isfinite().all()) and bool(diagonal.isfinite().all()):
+            if _finite(m) and _finite(diagonal):
                 return Factor(m, diagonal, order, exponent, share, rung, dead)
         del m
     return None
+
+
+def _finite(t: Tensor) -> bool:
+    """No NaN (which aminmax hands on) and no infinity; isfinite would hold copies of ``t``."""
+    return not t.numel() or all(math.isfinite(float(end)) for end in torch.aminmax(t))
 
 
 def scaled(matrix: Tensor, exponent: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -104,13 +110,13 @@ def scaled(matrix: Tensor, exponent: int, dtype: torch.dtype = torch.float32) ->
 
 def _reversed_scaled(gram: Tensor, order: Tensor | None, exponent: int) -> Tensor:
     """A scaled copy of ``gram`` with the column that is solved last first."""
-    if order is None:
-        m = gram.flip(0, 1)
-    else:
-        back = order.flip(0)
-        m = gram.index_select(0, back).index_select(1, back)
+    size = gram.shape[0]
+    last = torch.arange(size - 1, -1, -1, device=gram.device) if order is None else order.flip(0)
+    m = gram.new_empty(gram.shape, dtype=sum_type(size, gram.device))
+    for start in range(0, size, ROWS):
+        rows = last[start : start + ROWS]
+        m[start : start + ROWS] = gram.index_select(0, rows).index_select(1, last)
     half = -exponent // 2
-    m = m.to(sum_type(len(m), m.device))
     return m.mul_(2.0**half).mul_(2.0 ** (-exponent - half))
 
 
@@ -122,15 +128,16 @@ def _raise_diagonal(m: Tensor, level: float, share: float) -> None:
 
 def _floored(m: Tensor, least: float) -> Tensor:
     """``m`` with its eigenvalues raised to at least ``least``, in float64."""
-    values, vectors = torch.linalg.eigh(m.double())
-    return ((vectors * values.clamp(min=least)) @ vectors.T).to(m.dtype)
+    with one_thread():
+        values, vectors = torch.linalg.eigh(m.double())
+        return ((vectors * values.clamp(min=least)) @ vectors.T).to(m.dtype)
 
 
 def _cholesky_(m: Tensor) -> bool:
     """Turn ``m``, the reversal of H, into V in place; False when it is not positive definite."""
     columns = m.mT
     info = torch.empty((), dtype=torch.int32, device=m.device)
-    with _one_thread():
+    with one_thread():
         # In place: upper of the transposed view is lower of m, so that its reversal is V.
         torch.linalg.cholesky_ex(columns, upper=True, out=(columns, info))
     if int(info) != 0:
@@ -146,18 +153,35 @@ def _cholesky_(m: Tensor) -> bool:
     return True
 
 
-def _halves(size: int, chunk: int = 256) -> Iterator[slice]:
-    """Slices of the upper half of the rows, so that a reversal in place needs little memory."""
-    for start in range(0, size // 2, chunk):
-        yield slice(start, min(start + chunk, size // 2))
+def _halves(size: int) -> Iterator[slice]:
+    """Slices of the upper half of the rows."""
+    for start in range(0, size // 2, ROWS):
+        yield slice(start, min(start + ROWS, size // 2))
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
-    # LAPACK cuts its sums by the number of threads: one thread gives everybody the same bits.
+def one_thread() -> Iterator[int]:
+    """MKL and LAPACK cut their sums by the number of threads: one thread gives everybody the same
+    bits. Yields how many there were."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        yield
+        yield threads
     finally:
         torch.set_num_threads(threads)
+
+
+def by_rows(function: Callable[[Tensor], Tensor], w: Tensor, rows: int = 256) -> Tensor:
+    """``function(w)`` for one that treats rows alone, in pieces of ``rows`` rows side by side, each
+    in one thread: linear algebra with the same bits on any number of threads."""
+    pieces = w.split(rows)
+    if w.device.type != "cpu" or len(pieces) < 2:
+        with one_thread():
+            return function(w)
+    one_each = {"initializer": torch.set_num_threads, "initargs": (1,)}
+    with one_thread() as threads, ThreadPoolExecutor(threads, **one_each) as pool:
+        results = [pool.submit(torch.no_grad()(function), piece) for piece in pieces]
+        try:
+            return torch.cat([result.result() for result in results])
+        finally:  # after Ctrl-C: what has not begun never will
+            pool.shutdown(cancel_futures=True)

@@ -18,7 +18,7 @@ from ..errors import HessianError, MissingCalibrationError, UsageError
 from ..scheme import Codes, Scheme
 from ..stats import Stats
 from . import Solver
-from .factor import RUNGS, Factor, factorize, scaled
+from .factor import RUNGS, Factor, by_rows, factorize, scaled
 
 ORDERS = ("columns", "activation", "groups", "backward")
 FITS = ("range", "mse", "hessian")
@@ -170,13 +170,18 @@ class GPTQ(Solver):
         w, order = weight.double(), factor.order
         if order is not None:
             d, w = d[order[:, None], order], w[:, order]
-        solve = torch.linalg.solve_triangular
+
+        def over_vt(b: Tensor) -> Tensor:  # b V^-T
+            return torch.linalg.solve_triangular(v.mT, b, upper=False, left=False)
+
+        def over_v(b: Tensor) -> Tensor:  # b V^-1
+            return torch.linalg.solve_triangular(v, b, upper=True, left=False)
+
         if self.target == "qronos":
-            half = solve(v.mT, w @ d, upper=False, left=False)  # times V^-T
-            shift = solve(v, half, upper=True, left=False)  # times V^-1
+            shift = by_rows(lambda rows: over_v(over_vt(rows @ d)), w)
         else:
-            half = solve(v.mT, d, upper=False, left=False).triu_(1)
-            shift = w @ solve(v, half, upper=True, left=False)
+            p = by_rows(over_v, by_rows(over_vt, d).triu_(1))
+            shift = by_rows(lambda rows: rows @ p, w)
         goal = (w + self.strength * shift).float()
         return goal if order is None else torch.empty_like(goal).index_copy_(1, order, goal)
 
@@ -195,7 +200,7 @@ class GPTQ(Solver):
         for _ in range(64):  # 1.1^64 > 400 times the range
             back = ops.dequantize(*codes, group_size).to(w.dtype)
             back = back if factor.order is None else back[:, factor.order]
-            targets = back + (w - back) @ factor.c
+            targets = back + by_rows(lambda d: d @ factor.c, w - back)
             q = (targets / codes.scale.float()[:, at]).round() + codes.zero_point.float()[:, at]
             outside = ((q < 0) | (q > 2**bits - 1)).float()
             clipped = torch.zeros(codes.scale.shape).index_add_(1, at, outside) > 0
