@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from fewbit import certificate
 from fewbit.errors import TransformError
 from fewbit.pipeline import quantize_
 from fewbit.recipes import Recipe
@@ -23,7 +24,8 @@ def run(twin, *transforms, dtype=torch.float32):
 @pytest.mark.parametrize("twin", TWINS)
 def test_scales_are_certified(twin, dtype):
     records = run(twin, scale.SearchScale(4), dtype=dtype).certificates
-    assert len(records) == 4  # embedding, head, two layers
+    parts = [r["path"].rpartition(".")[2] for r in records]
+    assert parts[2:] == ["0", "1", "logits"]  # behind embedding and head
     assert all(r["error"] <= r["bound"] / 2 for r in records)
     assert all(r["bound"] < (2e-2 if dtype == torch.float32 else 60) for r in records)
 
@@ -51,6 +53,20 @@ def test_a_wrong_fold_names_its_layer(twin, monkeypatch):
     with pytest.raises(TransformError, match=r"layers.0 computes something else after SearchScale"):
         run(twin, scale.SearchScale(4))
     assert edges.apply_scale is not wrong
+
+
+def test_a_wrong_fold_shows_in_the_logits_too(monkeypatch):
+    """With bounds that no layer exceeds, the logits of both models still tell."""
+    room, move = 1e9, scale.apply_scale
+
+    def wrong(layer, edge, s, family):
+        move(layer, edge, s, family)
+        layer.get_submodule(edge.source).weight.mul_(1.01)
+
+    monkeypatch.setattr(scale, "apply_scale", wrong)
+    monkeypatch.setattr(certificate, "FACTOR", room * certificate.FACTOR)
+    last = run("opt", scale.SearchScale(4)).certificates[-1]
+    assert last["path"] == "logits" and last["error"] > last["bound"] / room
 
 
 class ForgetsOneFold(FoldNorm):

@@ -2,14 +2,17 @@
 
 A few tokens run through the float model beside the pipeline, one layer at a time: the original
 layer on the original hidden states, then the transformed layer on the transformed ones
-(``Transform.carry``). The bound is derived from the dtype: every parameter of the layer, before and
-after, is moved by one unit roundoff with random sign, and what that does to the output is what
-rounding each parameter once may do. A transform rounds each parameter once; ``FACTOR`` leaves room
-for stacks of transforms and for the roundings of the two forward passes themselves.
+(``Transform.carry``), so that a failure names its layer. Behind the last layer the logits of both
+models are compared, each from its own embedding through all of its layers. The bound is derived
+from the dtype: every parameter, before and after, is moved by one unit roundoff with random sign,
+and what that does to the output is what rounding each parameter once may do. A transform rounds
+each parameter once; ``FACTOR`` leaves room for stacks of transforms and for the roundings of the
+two forward passes themselves.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -19,15 +22,20 @@ from torch import Tensor, nn
 
 from .calibrate import LayerInput, Windows, capture, forward
 from .errors import TransformError
-from .families import Family
+from .families import Family, decoder_layers
 from .transforms import Transform
 
 FACTOR = 16.0
 TOKENS = 32
+ENTRIES = 1024  # of the vocabulary, at even distances: logits that are compared at the end
 
 
 class Probe:
-    """Follows ``TOKENS`` tokens through the float model; made before any transform."""
+    """Follows ``TOKENS`` tokens through the float model; made before any transform.
+
+    ``hidden``: residual streams [1, TOKENS, hidden] in front of the next layer: of the "original"
+    and the "transformed" model, and of both with every parameter shaken.
+    """
 
     def __init__(
         self,
@@ -48,8 +56,10 @@ class Probe:
         self.windows = Windows([ids])
         self.input = capture(model, family, self.windows)[0]
         self.carried: LayerInput | None = None
-        self.want: Tensor | None = None
+        self.hidden = dict.fromkeys(("original", "shaken"), self.input.hidden)
+        self.layers = len(decoder_layers(model, family))
         self.logits = self._head(model, self.input.hidden)
+        self.head = _Head(model, family)
 
     def _head(self, model: nn.Module, hidden: Tensor) -> Tensor:
         norm, head = (model.get_submodule(p) for p in (self.family.final_norm, self.family.head))
@@ -70,16 +80,21 @@ class Probe:
         self._record(self.family.embed, self.carried.hidden, carried, noise)
         noise = _noise(modules, lambda: self._head(model, carried))
         self._record(self.family.head, self._head(model, carried), self.logits, noise * 2)
+        names = ("transformed", "transformed, shaken")
+        self.hidden |= dict.fromkeys(names, self.carried.hidden)
+        self.transformed_head = _Head(model, self.family)
 
     def before(self, layer: nn.Module) -> None:
         """The original layer's output and its sensitivity, before the layer is transformed."""
+        source = replace(self.input, hidden=self.hidden["original"])
         with _channel_maxima(layer, self.family) as self.maxima:
-            self.want = forward(layer, self.input)
-        self.noise = _noise([layer], lambda: forward(layer, self.input))
+            self.want = forward(layer, source)
+        self.noise = _noise([layer], lambda: forward(layer, source))
+        self._shake(layer, self.input, "shaken")
 
-    def after(self, layer: nn.Module, name: str) -> None:
+    def after(self, layer: nn.Module, name: str, index: int) -> None:
         """Compare the transformed layer, still float, and go on to the next."""
-        source = replace(self.carried, hidden=self.carry(self.input.hidden))
+        source = replace(self.carried, hidden=self.carry(self.hidden["original"]))
         want = self.carry(self.want)
         with _channel_maxima(layer, self.family) as maxima:
             got = forward(layer, source)
@@ -88,7 +103,28 @@ class Probe:
             self.outliers.append({"path": f"{name}.{path}", "before": before, "after": after})
         noise = self.noise + _noise([layer], lambda: forward(layer, source))
         self._record(name, got, want, noise)
-        self.input = replace(self.input, hidden=self.want)
+        chain = replace(self.carried, hidden=self.hidden["transformed"])
+        self._shake(layer, self.carried, "transformed, shaken")
+        self.hidden |= {"original": self.want, "transformed": forward(layer, chain)}
+        if index + 1 == self.layers:
+            self._compare_logits()
+
+    def _shake(self, layer: nn.Module, source: LayerInput, stream: str) -> None:
+        with _shaken([layer]):
+            self.hidden[stream] = forward(layer, replace(source, hidden=self.hidden[stream]))
+
+    def _compare_logits(self) -> None:
+        """The end of both models; each of the layers and the head rounds its output once more."""
+        heads = {"original": self.head, "transformed": self.transformed_head}
+        shaken = {"original": "shaken", "transformed": "transformed, shaken"}
+        logits = {name: head(self.hidden[name]).double() for name, head in heads.items()}
+        noise = 0.0
+        for name, head in heads.items():
+            with _shaken([head]):
+                moved = head(self.hidden[shaken[name]]).double()
+            rounding = (self.layers + 1) * _unit(self.hidden[name].dtype)
+            noise += float((moved - logits[name]).norm() + rounding * logits[name].norm())
+        self._record("logits", logits["transformed"], logits["original"], noise)
 
     def _record(self, name: str, got: Tensor, want: Tensor, noise: float) -> None:
         got, want = got.double(), want.double()
@@ -105,6 +141,24 @@ class Probe:
                 f"{record['error']:.2e} of its size, and rounding explains at most "
                 f"{record['bound']:.2e}"
             )
+
+
+class _Head(nn.Module):
+    """A copy of the final norm and of at most ENTRIES rows of the head."""
+
+    def __init__(self, model: nn.Module, family: Family) -> None:
+        super().__init__()
+        head = model.get_submodule(family.head)
+        rows = slice(None, None, -(-len(head.weight) // ENTRIES))
+        self.norm = copy.deepcopy(model.get_submodule(family.final_norm))
+        weight, bias = head.weight.detach(), getattr(head, "bias", None)
+        self.weight = nn.Parameter(weight[rows].clone(), requires_grad=False)
+        self.bias = None
+        if bias is not None:
+            self.bias = nn.Parameter(bias.detach()[rows].clone(), requires_grad=False)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return nn.functional.linear(self.norm(hidden).to(self.weight.dtype), self.weight, self.bias)
 
 
 def _noise(modules: list[nn.Module], run) -> float:

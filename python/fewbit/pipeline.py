@@ -192,7 +192,7 @@ def _layer(
         if transform.needs_stats:
             transform.layer(layer, context)
     if probe is not None:
-        probe.after(layer, name)
+        probe.after(layer, name, index)
     float_outputs = None if floats is None else run_layer(layer, floats.inputs)
     records = []
     for step, paths in enumerate(_steps(family, recipe)):

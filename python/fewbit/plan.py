@@ -312,7 +312,7 @@ def shards_largest(shards: Shards) -> int:
 
 def transient(recipe: Recipe, n: int, k: int) -> int:
     """Bytes beside the weights while one linear is solved: codes, the way back, the error."""
-    e, kind = n * k, type(recipe.solver).__name__
+    e, kind = n * k, type(getattr(recipe.solver, "base", recipe.solver)).__name__
     error = (16 if recipe.needs_stats else 12) * e
     if kind == "GPTQ":
         return max(error, 5 * e) + 3 * FLOAT * k * k
@@ -328,7 +328,7 @@ def work(recipe: Recipe, n: int, k: int, tokens: int, first: bool) -> float:
     total = 2.0 * n * k * k  # the error report
     if first:
         total += tokens * k * k  # the Gram matrix
-    if type(recipe.solver).__name__ == "GPTQ":
+    if type(getattr(recipe.solver, "base", recipe.solver)).__name__ == "GPTQ":
         total += 4.0 * n * k * k + (4.0 * k**3 if first else 0.0)
     for transform in recipe.transforms:
         if type(transform).__name__ == "SearchScale":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -28,12 +28,12 @@ class Trail:
             for hidden in activations.store.ranks.gather(own, _likes(activations, data)):
                 yield raw(hidden)
         if self.probe is not None:
-            yield raw(self.probe.input.hidden)
+            yield from map(raw, self.probe.hidden.values())
 
     def nbytes(self, data: Windows | None) -> int:
         """Of what ``chunks`` gives."""
         likes = [like for a in self._activations() for like in _likes(a, data)]
-        likes += [] if self.probe is None else [self.probe.input.hidden]
+        likes += [] if self.probe is None else list(self.probe.hidden.values())
         return sum(like.numel() * like.element_size() for like in likes)
 
     def read(self, file, data: Windows | None) -> None:
@@ -52,8 +52,8 @@ class Trail:
         if self.floats is not None:
             self.floats = FloatPass(fresh[1])
         if self.probe is not None:
-            hidden = read_like(file, self.probe.input.hidden)
-            self.probe.input = replace(self.probe.input, hidden=hidden)
+            streams = self.probe.hidden.items()
+            self.probe.hidden = {name: read_like(file, like) for name, like in streams}
 
     def close(self) -> None:
         """Give the room of all hidden states back."""
