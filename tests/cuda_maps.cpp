@@ -19,6 +19,10 @@ void shapes(const char* x) {
   shape<X, bits, 2, 75>(x);
   shape<X, bits, 1, 80>(x);
   shape<X, bits, 2, 80>(x);
+  if (bits >= 4) {
+    shape<X, bits, 4, 75>(x);
+    shape<X, bits, 4, 80>(x);
+  }
 }
 
 template <int bits>
@@ -35,7 +39,30 @@ void words() {  // which code each field of a unit's words holds, by quads
   }
 }
 
+// How stream-K cuts tiles: per block its runs; per tile the slots that sum_parts reads, in order.
+void work(int64_t tiles, int64_t depth, int64_t blocks) {
+  Work w{};
+  w.tiles = tiles;
+  w.depth = depth;
+  w.blocks = blocks;
+  for (int64_t b = 0; b < blocks; ++b) {
+    blockIdx = dim3(unsigned(b));
+    int i = 0;
+    each_run(w, [&](const Run& r) {
+      printf("run %d %d %d %d %d = %d %d %d %d %d\n", int(tiles), int(depth), int(blocks), int(b),
+             i++, int(r.tile), int(r.first), int(r.last), int(r.whole),
+             int(w.slot(b, r.first == 0)));
+    });
+  }
+  for (int64_t t = 0; t < tiles; ++t)
+    printf("parts %d %d %d %d = %d %d %d\n", int(tiles), int(depth), int(blocks), int(t),
+           int(w.block_of(t * depth)), int(w.block_of((t + 1) * depth - 1)), int(w.shares()));
+}
+
 int main() {
+  for (int tiles = 1; tiles <= 7; ++tiles)
+    for (int depth = 1; depth <= 9; ++depth)
+      for (int blocks = 1; blocks <= tiles * depth; ++blocks) work(tiles, depth, blocks);
   for (int lane = 0; lane < 32; ++lane) {
     for (int e = 0; e < 8; ++e)
       printf("a16 %d %d = %d %d\n", lane, e, a16(lane, e).row, a16(lane, e).column);
@@ -45,6 +72,10 @@ int main() {
       printf("a8 %d %d = %d %d\n", lane, e, a8(lane, e).row, a8(lane, e).column);
     for (int e = 0; e < 8; ++e)
       printf("b8 %d %d = %d %d\n", lane, e, b8(lane, e).row, b8(lane, e).column);
+    for (int e = 0; e < 32; ++e)
+      printf("a4 %d %d = %d %d\n", lane, e, a4(lane, e).row, a4(lane, e).column);
+    for (int e = 0; e < 16; ++e)
+      printf("b4 %d %d = %d %d\n", lane, e, b4(lane, e).row, b4(lane, e).column);
     for (int e = 0; e < 4; ++e)
       printf("c32 %d %d = %d %d\n", lane, e, c32(lane, e).row, c32(lane, e).column);
   }
@@ -63,4 +94,11 @@ int main() {
   shapes<int8_t, 3>("int8");
   shapes<int8_t, 4>("int8");
   shapes<int8_t, 8>("int8");
+  shapes<Int4, 4>("int4");
+  for (int i = 0; i < 8; ++i) {
+    const uint32_t one = 1u << (8 * (i % 4) + 4 * (i / 4));
+    uint32_t low = 0, high = 0;
+    (i < 4 ? low : high) = 0xF1u << 8 * (i % 4);
+    printf("four %d = %u %u %d\n", i, one, word_of_fours(low, high), four_of_word(15u * one, i));
+  }
 }

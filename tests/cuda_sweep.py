@@ -113,6 +113,15 @@ def dequantize(device: torch.device) -> Iterator[Answer]:
         yield from _exact(_grid_name(w, *arguments), got, want)
 
 
+@sweep
+def scaled_error(device: torch.device) -> Iterator[Answer]:
+    for i, (w, *arguments) in enumerate(_grids()):
+        scale = torch.rand(1 + i % 5, w.shape[1]) + 0.25
+        got = ops.scaled_error(w.to(device), scale.to(device), *arguments)
+        want = reference.scaled_error(w, scale, *arguments)
+        yield from _exact(_grid_name(w, len(scale), *arguments), got, want)
+
+
 def _codes(rows: int, columns: int, bits: int, group: int, scale_dtype: str):
     return reference.quantize(torch.randn(rows, columns), bits, group, False, scale_dtype)
 
@@ -255,6 +264,28 @@ def w8a8_linear(device: torch.device) -> Iterator[Answer]:
 
 
 @sweep
+def w4a4_linear(device: torch.device) -> Iterator[Answer]:
+    """As w8a8_linear, with the 4-bit codes that hadamard_quantize gives as well."""
+    for i, (m, n, k, group) in enumerate([*SIZES, (37, 40, 192, 64), (70, 150, 320, -1)]):
+        codes = reference.quantize(torch.randn(n, k), 4, group, bool(i % 2), "float32")
+        packed = reference.pack(*codes, 4, group)
+        x = torch.randn(m, k).to(DTYPES[i % 3])
+        bias = torch.randn(n) if i % 2 else None
+        given = [(x, None)]
+        if k % 8 == 0:
+            q, s, _ = reference.quantize_per_token(x, True, None, None, bits=4)
+            given.append((reference.words_of_fours(q), s))
+        for x, scale in given:
+            want = reference.w4a4_linear(x, *packed, bias, n, group, scale)
+            moved = [t if t is None else t.to(device) for t in (*packed, bias, scale)]
+            got = ops.w4a4_linear(x.to(device), *moved[:4], n, group, moved[4])
+            groups = 1 if group == -1 else -(-k // group)
+            rounding = ROUND[x.dtype] if x.is_floating_point() else 0.0
+            bound = 2 * rounding * want.double().abs() + (groups + 3) * 2.0**-24 * k * 4 + 2.0**-25
+            yield f"{m} x {n} x {k}, group {group}, {x.dtype}", got, want, bound
+
+
+@sweep
 def int8_mixed_linear(device: torch.device) -> Iterator[Answer]:
     """As w8a8_linear, with a float32 sum over the outliers beside it."""
     for i, (m, n, k, group) in enumerate(SIZES):
@@ -318,3 +349,30 @@ def hadamard(device: torch.device) -> Iterator[Answer]:
         size = x.double().norm(dim=1, keepdim=True)
         bound = (p.k + p.m + 2) * 2.0**-23 * size + 2 * ROUND[x.dtype] * want.abs() + 2.0**-24
         yield f"{n} = {p.m} x 2^{p.k} {x.dtype}", got, want, bound
+
+
+@sweep
+def hadamard_quantize(device: torch.device) -> Iterator[Answer]:
+    """Sums run in another order than torch's: compared as numbers, within one step."""
+    for i, n in enumerate([8, 16, 32, 48, 96, 640, 137, 56, 4096, 172 * 64]):
+        p = plan(n)
+        base = None if p.m == 1 else hadamard_matrix(p.m) if p.exact else p.base.float()
+        signs = (torch.randint(0, 2, (n,)) * 2 - 1).to(torch.int8) if i % 2 else None
+        x = torch.randn(3, n).to(DTYPES[i % 3])
+        x[1] = 0.0
+        if i % 4 == 0:
+            x[2, n // 2] = float("inf")
+        moved = [t if t is None else t.to(device) for t in (base, signs)]
+        for bits in (8, 4) if n % 8 == 0 else (8,):
+            got = ops.hadamard_quantize(x.to(device), *moved, bits)
+            want = reference.hadamard_quantize(x, base, signs, bits)
+            relative = (p.k + p.m + 4) * 2.0**-23
+            step = want[1].double().nan_to_num(1.0)
+            size = x.double().nan_to_num(0.0, 0.0).norm(dim=1)
+            what = f"{n} = {p.m} x 2^{p.k} {x.dtype} {bits} bits"
+            yield f"{what} scale", got[1], want[1], relative * size + 1e-30
+            back = []
+            for q, s in (got, want):
+                q = reference.fours_of_words(q.cpu()) if bits == 4 else q.cpu()
+                back.append(q.double() * s.cpu().double()[:, None])
+            yield what, back[0], back[1], (step * 1.001 + 2**bits * relative * size)[:, None]

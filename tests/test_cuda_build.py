@@ -1,10 +1,12 @@
 """CUDA sources without a GPU: index maps on the host, and what nvcc makes of every kernel."""
 
+import os
 import re
 import shutil
 import subprocess
 import sys
 from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -19,7 +21,10 @@ FLAGS = [
 
 
 def tool(name):
-    """A program of the CUDA toolkit, from PATH or from the pip packages of the extra `cuda`."""
+    """A program of the CUDA toolkit: beside CUDACXX, on PATH, or of the extra `cuda`."""
+    chosen = os.environ.get("CUDACXX")
+    if chosen and (Path(chosen).parent / name).exists():
+        return str(Path(chosen).parent / name)
     packaged = sorted(Path(sys.prefix).glob(f"lib/python*/site-packages/nvidia/*/bin/{name}"))
     return shutil.which(name) or (str(packaged[-1]) if packaged else None)
 
@@ -65,13 +70,27 @@ def test_fragments_are_those_of_the_instruction_set(maps):
         assert column == thread * 4 + (i & 3) + (16 if i >= 8 else 0)
     for (lane, i), (row, column) in maps["b8"].items():
         assert row == (lane % 4) * 4 + (i & 3) + (16 if i >= 4 else 0) and column == lane >> 2
+    for (lane, i), (row, column) in maps["a4"].items():  # mma.m16n8k64 (s4, u4)
+        group, thread = lane >> 2, lane % 4
+        assert row == (group if i < 8 or 16 <= i < 24 else group + 8)
+        assert column == thread * 8 + (i & 7) + (32 if i >= 16 else 0)
+    for (lane, i), (row, column) in maps["b4"].items():
+        assert row == (lane % 4) * 8 + (i & 7) + (32 if i >= 8 else 0) and column == lane >> 2
     for (lane, i), (row, column) in maps["c32"].items():
         assert row == (lane >> 2) + (8 if i >= 2 else 0) and column == (lane % 4) * 2 + (i & 1)
 
 
 @pytest.mark.parametrize(
     "name, rows, columns",
-    [("a16", 16, 16), ("b16", 16, 8), ("a8", 16, 32), ("b8", 32, 8), ("c32", 16, 8)],
+    [
+        ("a16", 16, 16),
+        ("b16", 16, 8),
+        ("a8", 16, 32),
+        ("b8", 32, 8),
+        ("a4", 16, 64),
+        ("b4", 64, 8),
+        ("c32", 16, 8),
+    ],
 )
 def test_every_element_of_a_fragment_is_held_once(maps, name, rows, columns):
     cells = list(maps[name].values())
@@ -113,6 +132,38 @@ def test_units_hold_what_the_packed_layout_says(maps, bits):
         assert list(printed[3:]) == quads
 
 
+def test_words_of_activations_are_units_of_the_weights(maps):
+    """Code i of eight lies where code i of a 4-bit unit does, in two's complement."""
+    for (i,), (one, word, code) in maps["four"].items():
+        assert maps["unit"][4, i][0] == 15 * one and word == one and code == -1
+
+
+def test_stream_k_does_every_piece_once_and_adds_parts_in_order(maps):
+    """Every way to cut up to 7 tiles of up to 9 pieces into runs."""
+    runs, parts = defaultdict(list), defaultdict(list)
+    for (*cut, block, _), run in maps["run"].items():
+        runs[tuple(cut)].append((block, *run))
+    for (*cut, tile), part in maps["parts"].items():
+        parts[tuple(cut)].append((tile, *part))
+    for (tiles, depth, blocks), given in runs.items():
+        sizes = [sum(r[3] - r[2] for r in given if r[0] == b) for b in range(blocks)]
+        assert max(sizes) - min(sizes) <= 1  # an even share
+        slots = [slot for *_, whole, slot in given if not whole]
+        assert len(set(slots)) == len(slots) and all(s < 2 * blocks for s in slots)
+        shares = any(not whole for *_, whole, _ in given)
+        for tile, begin, end, said in parts[tiles, depth, blocks]:
+            assert said or not shares  # a workspace and a second kernel where one is needed
+            pieces = sorted((first, last, whole, slot) for _, t, first, last, whole, slot in given
+                            if t == tile)  # fmt: skip
+            assert pieces[0][0] == 0 and pieces[-1][1] == depth
+            assert all(a[1] == b[0] for a, b in zip(pieces, pieces[1:], strict=False))
+            if begin == end:
+                assert len(pieces) == 1 and pieces[0][2]
+            else:  # what sum_parts reads, in its order
+                read = [2 * b + (b == begin) for b in range(begin, end + 1)]
+                assert read == [slot for *_, slot in pieces]
+
+
 def test_shared_places_are_a_permutation_without_bank_conflicts(maps):
     place = [maps["shared_place"][e,][0] for e in range(4096)]
     assert sorted(place) == list(range(4096))
@@ -122,13 +173,13 @@ def test_shared_places_are_a_permutation_without_bank_conflicts(maps):
 def test_lanes_read_x_from_different_banks(maps):
     """The lanes that one cycle serves (8 of 16 bytes, 16 of 8) touch each bank once."""
     for (x, bits, _, _), (columns, _, _, _, pitch, _, _) in maps["shape"].items():
-        if columns != 8:
+        if columns != 8 and x != "int4":
             continue
-        size = 2 if x == "half" else 1
-        width = 8 * size
+        size = {"half": 2, "int8": 1, "int4": 0.5}[x]
+        width = int(min(columns, 16 if x == "int4" else 8) * size)
         for first in range(0, 32, 128 // width):
             banks = [
-                (lane // 4 * pitch + lane % 4 * columns * size) // 4 % 32 + word
+                int(lane // 4 * pitch + lane % 4 * columns * size) // 4 % 32 + word
                 for lane in range(first, first + 128 // width)
                 for word in range(width // 4)
             ]
@@ -142,19 +193,37 @@ def test_blocks_fit_every_card(maps):
 
 # ---- what nvcc makes of them ---------------------------------------------------------------------
 
+# Kernels that read rows by 16 bytes an access. Others take a word or a channel a thread, so that a
+# warp reads whole lines.
+READ_WIDE = (
+    "product_bfloat", "gemv", "product_codes", "product_half", "pseudo_quantize", "quantize",
+    "quantize_per_token", "scaled_error",
+)  # fmt: skip
+PRODUCT_REGISTERS = 224  # two blocks of four warps fit a multiprocessor
+
 
 def compile_for(architecture, source, folder):
-    nvcc = tool("nvcc")
+    """The cubin, and the registers of its kernels."""
     cubin = folder / f"{source.stem}.{architecture}.cubin"
     done = subprocess.run(
-        [nvcc, *FLAGS, f"-gencode=arch=compute_{architecture},code=sm_{architecture}",
+        [tool("nvcc"), *FLAGS, f"-gencode=arch=compute_{architecture},code=sm_{architecture}",
          "-cubin", "-o", str(cubin), str(source)],
         capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     for spills in re.findall(r"(\d+) bytes spill", done.stderr):
         assert spills == "0", done.stderr[-3000:]
-    return cubin
+    return cubin, [int(n) for n in re.findall(r"Used (\d+) registers", done.stderr)]
+
+
+def compile_all(architecture, folder):
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        made = list(pool.map(lambda s: compile_for(architecture, s, folder), SOURCES))
+    cubins = {s.stem: cubin for s, (cubin, _) in zip(SOURCES, made, strict=True)}
+    for source, (_, registers) in zip(SOURCES, made, strict=True):
+        if source.stem.startswith("product_"):
+            assert max(registers) <= PRODUCT_REGISTERS, (source.stem, registers)
+    return cubins
 
 
 def instructions(cubin):
@@ -165,16 +234,25 @@ def instructions(cubin):
 def check_instructions(architecture, cubins):
     found = {name: instructions(cubin) for name, cubin in cubins.items()}
     for name, used in found.items():
+        assert len(used) > 3 or name in ("device",), (name, "nothing was compiled")
         assert not {i for i in used if i.startswith(("LDL", "STL"))}, (name, "uses local memory")
-    product = found["product"]
+    half, bfloat, codes = (found[f"product_{x}"] for x in ("half", "bfloat", "codes"))
+    fours = {i for i in codes if i.startswith("IMMA") and "S4" in i}
+    copies = [any(i.startswith("LDGSTS") and i.endswith("128") for i in used)
+              for used in (half, codes)]  # fmt: skip
     if architecture == 75:
-        assert {"HMMA.1688.F32", "IMMA.8816.S8.U8"} <= product
-        assert not any(i.startswith("LDGSTS") for i in product)
+        assert "HMMA.1688.F32" in half and "IMMA.8816.S8.U8" in codes
+        assert fours == {"IMMA.8832.S4.U4"} and not any(copies)
+        assert not any(i.startswith("HMMA") for i in bfloat)  # no such products there
     else:
-        assert {"HMMA.16816.F32", "HMMA.16816.F32.BF16", "IMMA.16832.S8.U8"} <= product
-        assert any(i.startswith("LDGSTS") and i.endswith("128") for i in product)
-    for name in ("product", "pseudo_quantize", "quantize_per_token"):
-        assert any(i.startswith("LDG.E.128") for i in found[name]), (name, "no 16-byte loads")
+        assert "HMMA.16816.F32" in half and "IMMA.16832.S8.U8" in codes and all(copies)
+        assert "HMMA.16816.F32.BF16" in bfloat
+        assert fours == (set() if architecture == 90 else {"IMMA.16864.S4.U4"})
+    for name in READ_WIDE[1:] if architecture == 75 else READ_WIDE:  # no bfloat16 there
+        wide = ("LDG.E.128", "LDGSTS.E.BYPASS.128", "LDGSTS.E.BYPASS.LTC128B.128")
+        assert any(i.startswith(wide) for i in found[name]), (name, "no 16-byte loads")
+    for name in ("pseudo_quantize", "dequantize", "dense_packed", "scaled_error"):
+        assert any(i.startswith("STG.E.128") for i in found[name]), (name, "no 16-byte stores")
 
 
 needs_nvcc = pytest.mark.skipif(
@@ -183,17 +261,44 @@ needs_nvcc = pytest.mark.skipif(
 
 
 @needs_nvcc
+@pytest.mark.timeout(1200)
 def test_compiles_for_a_t4_without_warnings_or_spills(tmp_path):
-    cubins = {s.stem: compile_for(75, s, tmp_path) for s in SOURCES}
+    cubins = compile_all(75, tmp_path)
     if tool("nvdisasm"):
         check_instructions(75, cubins)
 
 
 @pytest.mark.slow
 @needs_nvcc
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_compiles_for_every_card(tmp_path, architecture):
-    cubins = {s.stem: compile_for(architecture, s, tmp_path) for s in SOURCES}
+    """pytest -m slow tests/test_cuda_build.py; CUDACXX=/path/to/nvcc takes another compiler."""
+    cubins = compile_all(architecture, tmp_path)
     if tool("nvdisasm"):
         check_instructions(architecture, cubins)
+
+
+@needs_nvcc
+@pytest.mark.skipif(tool("cuobjdump") is None, reason="no cuobjdump: pip install 'fewbit[cuda]'")
+def test_a_binary_holds_every_card_and_ptx_for_later_ones(tmp_path):
+    """The architectures of cuda.cmake, for a smallest kernel."""
+    text = (ROOT / "cpp" / "cuda" / "cuda.cmake").read_text()
+    said = re.search(r"default_architectures (75-real.*)\)", text).group(1).split()
+    codes = []
+    for one in said:
+        number, real = one.split("-")[0], one.endswith("-real")
+        code = f"sm_{number}" if real else f"[sm_{number},compute_{number}]"
+        codes.append(f"-gencode=arch=compute_{number},code={code}")
+    library = tmp_path / "object.o"
+    subprocess.run(
+        [tool("nvcc"), *FLAGS, *codes, "-c", "-Xcompiler=-fPIC", "-o", str(library),
+         str(ROOT / "cpp" / "cuda" / "w4a4_linear.cu")],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    listed = [
+        subprocess.run([tool("cuobjdump"), flag, library], capture_output=True, text=True).stdout
+        for flag in ("-lelf", "-lptx")
+    ]
+    assert set(re.findall(r"sm_(\d+)\.cubin", listed[0])) == {str(a) for a in ARCHITECTURES}
+    assert set(re.findall(r"sm_(\d+)\.ptx", listed[1])) == {"90"}

@@ -49,6 +49,32 @@ def test_same_bits_on_every_isa_and_number_of_threads(n):
     assert all(torch.equal(results[0], r) for r in results[1:])
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("n", [8, 96, 640, 4096])
+def test_codes_are_those_of_the_float32_result(isa, n, bits):
+    x, base, signs = torch.randn(5, n).half(), base_of(n), signs_of(n)
+    x[3] = 0.0
+    q, s = ops.hadamard_quantize(x, base, signs, bits)
+    want = reference.quantize_per_token(
+        ops.hadamard(x.float(), base, signs), True, None, None, bits=bits
+    )
+    assert torch.equal(reference.fours_of_words(q) if bits == 4 else q, want[0])
+    assert torch.equal(s, want[1])
+
+
+def test_codes_are_a_proper_torch_op():
+    for bits in (8, 4):
+        arguments = torch.randn(3, 48), base_of(48), signs_of(48), bits
+        torch.library.opcheck(torch.ops.fewbit.hadamard_quantize.default, arguments)
+
+
+def test_codes_say_what_is_wrong():
+    with pytest.raises(ValueError, match="bits must be 4 or 8, got 5"):
+        ops.hadamard_quantize(torch.randn(2, 8), bits=5)
+    with pytest.raises(ValueError, match="multiple of 8, got 4"):
+        ops.hadamard_quantize(torch.randn(2, 4), bits=4)
+
+
 @pytest.mark.parametrize("n", [16, 20, 344, 1024])
 def test_is_orthogonal(isa, n):
     base = base_of(n)

@@ -31,9 +31,9 @@ void run_cuda(const Tensor& on, const Args& args, const char* op) {
   if (on.is_cuda()) {
     const int device = on.get_device_index();
     const torch::stable::accelerator::DeviceGuard guard(device);
-    error = cuda::launch(args, {cuda::architecture(device), current_stream(device)});
+    error = cuda::launch(args, {cuda::architecture(device), device, current_stream(device)});
   } else {
-    error = cuda::launch(args, {cuda::emulated(), nullptr});
+    error = cuda::launch(args, {cuda::emulated(), 0, nullptr});
   }
   if (error == nullptr) return;
   std::ostringstream message;

@@ -17,6 +17,8 @@ auto call_plain(const char* name, const Arguments&... arguments) {
   const auto tensor = [&](size_t i) { return torch::stable::detail::to<Tensor>(stack[i]); };
   if constexpr (results == 1)
     return tensor(0);
+  else if constexpr (results == 2)
+    return std::tuple<Tensor, Tensor>(tensor(0), tensor(1));
   else
     return std::tuple<Tensor, Tensor, Tensor>(tensor(0), tensor(1), tensor(2));
 }
@@ -36,16 +38,16 @@ inline cuda::PackedProduct product_of(const Tensor& x, const Weight& w, DType dt
   a.dtype = dtype;
   a.scale_dtype = w.scale_dtype;
   a.m = x.size(0);
-  a.splits = 1;
   a.layout = w.layout;
   return a;
 }
 
 inline void run_product(const Tensor& on, cuda::PackedProduct a, const char* op) {
-  a.splits = cuda::splits_for(a, cuda::processors(on.is_cuda() ? on.get_device_index() : 0));
+  const int card = architecture_of(on);
+  a.blocks = cuda::blocks_for(a, card, cuda::processors(on.is_cuda() ? on.get_device_index() : 0));
   Tensor partial;
-  if (a.splits > 1) {
-    partial = empty_on(on, {a.splits, a.m, a.layout.panels() * panel_rows}, ScalarType::Float);
+  if (const int64_t bytes = cuda::partial_bytes(a, card); bytes > 0) {
+    partial = empty_on(on, {bytes / 4}, ScalarType::Float);
     a.partial = partial.mutable_data_ptr();
   }
   run_cuda(on, a, op);

@@ -105,7 +105,7 @@ Tensor int8_mixed_linear(const Tensor& x, const Tensor& packed, const Tensor& sc
 #if FEWBIT_WITH_CUDA
   if (const int card = architecture_of(x); card != 0) {
     cuda::PackedProduct a = product_of(in, w, dtype);
-    a.codes = true;
+    a.codes = 8;
     if (m == 0 || l.rows == 0 || !cuda::serves(a, card))
       return call_plain("fewbit_plain::int8_mixed_linear", x, packed, scale, zero_point, bias,
                         out_features, group_size, threshold, outliers, kept, kept_weight);

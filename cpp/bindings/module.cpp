@@ -82,6 +82,8 @@ PYBIND11_MODULE(_C, m) {
       "emulated_cuda",
       [] { return py::make_tuple(fewbit::cuda::emulated(), fewbit::cuda::emulated_descending()); },
       "The arguments of emulate_cuda that hold now.");
+  m.def("refuse_cuda_launches", &fewbit::cuda::refuse_launches, py::arg("refuse"),
+        "Let the launches that follow fail, as a card's driver may.");
   m.def("emulated_launches", &fewbit::cuda::emulated_launches, "Kernels emulated so far.");
 #endif
   m.def("set_isa", &set_isa, py::arg("name"), "Choose an instruction set of available_isas().");

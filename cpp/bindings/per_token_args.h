@@ -6,10 +6,11 @@
 namespace fewbit::bindings {
 
 // x_scale of one element makes the grid static; without it, it is fitted to every row. Writes q
-// int8 [m, columns], scale float32 [m] and zero_point int32 [m].
+// int8 [m, columns] (or `words`, with 4 bits), scale float32 [m] and zero_point int32 [m].
 inline void quantize_tokens(const Tensor& x, bool symmetric, const std::optional<Tensor>& x_scale,
                             const std::optional<Tensor>& x_zero_point, const uint8_t* skip,
-                            int8_t* q, float* scale, int32_t* zero_point) {
+                            int8_t* q, float* scale, int32_t* zero_point, int bits = 8,
+                            uint32_t* words = nullptr) {
   const DType dtype = dtype_of(x, "x");
   std::optional<Tensor> fixed_scale, fixed_zero;
   if (x_scale) {
@@ -33,7 +34,7 @@ inline void quantize_tokens(const Tensor& x, bool symmetric, const std::optional
       x,
       QuantizePerToken{in.const_data_ptr(), skip, fixed_scale ? data<float>(*fixed_scale) : nullptr,
                        fixed_zero ? data<int32_t>(*fixed_zero) : nullptr, q, scale, zero_point,
-                       dtype, symmetric, m, columns},
+                       dtype, symmetric, m, columns, bits, words},
       "quantize_per_token", grain_for(columns));
 }
 

@@ -8,8 +8,9 @@ std::tuple<Tensor, Tensor, Tensor> quantize_per_token(const Tensor& x, bool symm
                                                       std::optional<Tensor> x_zero_point) {
   check_matrix(x, "x", "[tokens, channels]");
   const int64_t m = x.size(0);
-  Tensor q = empty({m, x.size(1)}, ScalarType::Char);
-  Tensor scale = empty({m}, ScalarType::Float), zero_point = empty({m}, ScalarType::Int);
+  Tensor q = empty_on(x, {m, x.size(1)}, ScalarType::Char);
+  Tensor scale = empty_on(x, {m}, ScalarType::Float);
+  Tensor zero_point = empty_on(x, {m}, ScalarType::Int);
   quantize_tokens(x, symmetric, x_scale, x_zero_point, nullptr, mutable_data<int8_t>(q),
                   mutable_data<float>(scale), mutable_data<int32_t>(zero_point));
   return {q, scale, zero_point};

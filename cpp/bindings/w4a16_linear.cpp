@@ -9,22 +9,11 @@ namespace fewbit::bindings {
 static Tensor dequantized_linear(const Tensor& x, const Weight& w,
                                  const std::optional<Tensor>& bias) {
   const PackedLayout& l = w.layout;
-  const DType dtype = dtype_of(x, "x");
-  Tensor q = empty_on(x, {l.rows, l.columns}, ScalarType::Byte);
-  Tensor scale = empty_on(x, {l.rows, l.groups()}, scalar_type(w.scale_dtype));
-  Tensor zero_point = empty_on(x, {l.rows, l.groups()}, ScalarType::Byte);
   Tensor weight = empty_on(x, {l.rows, l.columns}, x.scalar_type());
-  run_cuda(
-      x,
-      Unpack{data<uint32_t>(w.words), w.scale.const_data_ptr(), data<uint8_t>(w.zero_point),
-             mutable_data<uint8_t>(q), scale.mutable_data_ptr(), mutable_data<uint8_t>(zero_point),
-             static_cast<int>(size_of(w.scale_dtype)), false, l},
-      "w4a16_linear");
-  const Tensor scale32 = torch::stable::to(scale, ScalarType::Float);
   run_cuda(x,
-           Dequantize{data<uint8_t>(q), data<float>(scale32), data<uint8_t>(zero_point),
-                      weight.mutable_data_ptr(), dtype, l.rows, l.columns, l.group_size, l.groups(),
-                      false},
+           cuda::DensePacked{data<uint32_t>(w.words), w.scale.const_data_ptr(),
+                             data<uint8_t>(w.zero_point), weight.mutable_data_ptr(),
+                             dtype_of(x, "x"), w.scale_dtype, l},
            "w4a16_linear");
   std::optional<Tensor> b;
   if (bias) b = torch::stable::to(*bias, x.scalar_type());

@@ -79,7 +79,7 @@ Tensor w8a8_linear(const Tensor& x, const Tensor& packed, const Tensor& scale,
 #if FEWBIT_WITH_CUDA
   if (card != 0) {
     cuda::PackedProduct a = product_of(in, w, dtype);
-    a.codes = true;
+    a.codes = 8;
     a.x = t.x;
     a.x_scale = t.scale;
     a.x_zero = t.zero;

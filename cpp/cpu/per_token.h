@@ -1,4 +1,4 @@
-// One row of activations to int8; equation in fewbit/quantize_per_token.h.
+// One row of activations to int8 or int4; equation in fewbit/quantize_per_token.h.
 #pragma once
 #include "fewbit/quantize_per_token.h"
 #include "simd.h"
@@ -7,7 +7,8 @@ namespace fewbit::cpu::FEWBIT_ISA {
 
 // Range of a row that always holds 0; `finite` is false where it holds a NaN or an infinity.
 template <class T>
-FEWBIT_INLINE TokenStep fit_token(const T* x, const uint8_t* skip, int64_t n, bool symmetric) {
+FEWBIT_INLINE TokenStep fit_token(const T* x, const uint8_t* skip, int64_t n, bool symmetric,
+                                  int bits = 8) {
   F32 lo = F32::zero(), hi = lo, poison = lo;
   int64_t i = 0;
   for (; i + F32::width <= n; i += F32::width) {
@@ -26,15 +27,15 @@ FEWBIT_INLINE TokenStep fit_token(const T* x, const uint8_t* skip, int64_t n, bo
     high = v > high ? v : high;
     bad += v * 0.0f;
   }
-  return token_step(low, high, bad == 0.0f, symmetric);
+  return token_step(low, high, bad == 0.0f, symmetric, bits);
 }
 
 template <class T>
 FEWBIT_INLINE void quantize_token(const T* x, const uint8_t* skip, int64_t n, TokenStep step,
-                                  bool symmetric, int8_t* q) {
-  const float least = symmetric ? -127.0f : -128.0f;
+                                  bool symmetric, int8_t* q, int bits = 8) {
+  const float top = top_code(bits), least = symmetric ? -top : -top - 1.0f;
   const F32 s = F32::set(step.s), z = F32::set(step.z), inverse = F32::set(inverse_of(step.s));
-  const F32 low = F32::set(least), high = F32::set(127.0f);
+  const F32 low = F32::set(least), high = F32::set(top);
   int64_t i = 0;
   for (; i + F32::width <= n; i += F32::width) {
     F32 v = F32::load(x + i);
@@ -43,7 +44,7 @@ FEWBIT_INLINE void quantize_token(const T* x, const uint8_t* skip, int64_t n, To
   }
   for (; i < n; ++i) {
     const float v = skip && skip[i] ? to_float(x[i]) * 0.0f : to_float(x[i]);
-    q[i] = token_code(v, step, symmetric);
+    q[i] = token_code(v, step, symmetric, bits);
   }
 }
 

@@ -28,6 +28,8 @@ void emulate(int, bool) {}
 int emulated() { return 0; }
 bool emulated_descending() { return false; }
 int64_t emulated_launches() { return 0; }
+void refuse_launches(bool) {}
+bool refuses_launches() { return false; }
 
 #endif
 

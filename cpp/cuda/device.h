@@ -24,8 +24,9 @@ const char* start(void (*kernel)(Args), dim3 grid, dim3 block, size_t shared, Pl
                   Args args) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return nullptr;
   const void* function = reinterpret_cast<const void*>(kernel);
-  cudaError_t error = cudaSuccess;
-  if (shared > 48 * 1024)
+  // This copy of the runtime library has a current device of its own, beside torch's.
+  cudaError_t error = cudaSetDevice(place.device);
+  if (error == cudaSuccess && shared > 48 * 1024)
     error =
         cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared));
   void* list[] = {&args};
@@ -45,6 +46,7 @@ FEWBIT_DEVICE unsigned char* dynamic_shared() {
 template <class Args>
 const char* start(void (*kernel)(Args), dim3 grid, dim3 block, size_t shared, Place, Args args) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return nullptr;
+  if (refuses_launches()) return "refused by the emulator";
   if (int64_t(shared) > shared_memory(0)) return "too much shared memory";
   emulator::run([&] { kernel(args); }, grid, block);
   return nullptr;

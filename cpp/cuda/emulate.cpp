@@ -51,6 +51,7 @@ long progress = 0;
 int architecture_now = 0;
 bool descending_now = false;
 int64_t launches_now = 0;
+bool refuses_now = false;
 
 void select(int i) {
   current = i;
@@ -189,6 +190,8 @@ void emulate(int architecture, bool descending) {
 int emulated() { return emulator::architecture_now; }
 bool emulated_descending() { return emulator::descending_now; }
 int64_t emulated_launches() { return emulator::launches_now; }
+void refuse_launches(bool refuse) { emulator::refuses_now = refuse; }
+bool refuses_launches() { return emulator::refuses_now; }
 int architecture(int) { return emulator::architecture_now; }
 int processors(int) { return 3; }
 int64_t shared_memory(int) {

@@ -6,14 +6,31 @@ namespace fewbit::cuda {
 constexpr int mixed_threads = 256;
 
 // flag[k] = 1 where some |x[m, k]| reaches the threshold, or is not finite.
+// A block has 32 columns, its warps take rows in turn, several under way at a time.
 template <class T>
 __global__ void outlier_columns(OutlierColumns a) {
-  const int64_t k = int64_t(blockIdx.x) * mixed_threads + threadIdx.x;
-  if (k >= a.columns) return;
+  constexpr int warps = mixed_threads / warp_size, ahead = 8;
+  __shared__ uint8_t found[warps][warp_size];
+  const int lane = int(threadIdx.x) % warp_size, warp = int(threadIdx.x) / warp_size;
+  const int64_t k = int64_t(blockIdx.x) * warp_size + lane;
   bool out = false;
-  for (int64_t m = 0; m < a.m; ++m)
-    out |= !(abs_of(to_float(static_cast<const T*>(a.x)[m * a.columns + k])) < a.threshold);
-  a.flag[k] = out ? 1 : 0;
+  for (int64_t m = warp; m < a.m && k < a.columns; m += warps * ahead) {
+    float v[ahead];
+#pragma unroll
+    for (int i = 0; i < ahead; ++i)
+      v[i] = m + i * warps < a.m
+                 ? to_float(static_cast<const T*>(a.x)[(m + i * warps) * a.columns + k])
+                 : 0.0f;
+#pragma unroll
+    for (int i = 0; i < ahead; ++i) out |= !(abs_of(v[i]) < a.threshold);
+  }
+  found[warp][lane] = out ? 1 : 0;
+  __syncthreads();
+  if (warp != 0 || k >= a.columns) return;
+  uint8_t any = 0;
+#pragma unroll
+  for (int w = 0; w < warps; ++w) any |= found[w][lane];
+  a.flag[k] = any;
 }
 
 // The flagged columns in order, and how many: one block, a stretch of columns per thread. The count
@@ -87,7 +104,7 @@ __global__ void column_places(ColumnPlaces a) {
 }
 
 const char* launch(const OutlierColumns& a, Place place) {
-  const dim3 grid(unsigned(ceil_div(a.columns, mixed_threads)));
+  const dim3 grid(unsigned(ceil_div(a.columns, warp_size)));
   return with_type(a.dtype, [&](auto* type) {
     return start(&outlier_columns<element<decltype(type)>>, grid, mixed_threads, 0, place, a);
   });

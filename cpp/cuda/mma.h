@@ -2,8 +2,8 @@
 // C++ does not say: all inline PTX of the package but the conversions of numeric.h. Everything has
 // a host twin, built on the maps below, for the emulator.
 //
-// Maps: PTX ISA, "Matrix Fragments for mma.m16n8k16 / m16n8k32". Element e of a fragment is the
-// e-th from the low end of the lane's registers.
+// Maps: PTX ISA, "Matrix Fragments for mma.m16n8k16 / m16n8k32 / m16n8k64". Element e of a fragment
+// is the e-th from the low end of the lane's registers.
 #pragma once
 #include "device.h"
 
@@ -27,6 +27,13 @@ FEWBIT_ALWAYS_INLINE Cell a8(int lane, int e) {
 FEWBIT_ALWAYS_INLINE Cell b8(int lane, int e) {
   return {lane % 4 * 4 + e % 4 + 16 * (e / 4), lane / 4};
 }
+// 4-bit elements, A 16 x 64 (32 per lane), B 64 x 8 (16 per lane).
+FEWBIT_ALWAYS_INLINE Cell a4(int lane, int e) {
+  return {lane / 4 + 8 * (e / 8 % 2), lane % 4 * 8 + e % 8 + 32 * (e / 16)};
+}
+FEWBIT_ALWAYS_INLINE Cell b4(int lane, int e) {
+  return {lane % 4 * 8 + e % 8 + 32 * (e / 8), lane / 4};
+}
 // 32-bit sums, C and D 16 x 8 (4 per lane).
 FEWBIT_ALWAYS_INLINE Cell c32(int lane, int e) {
   return {lane / 4 + 8 * (e / 2), lane % 4 * 2 + e % 2};
@@ -36,13 +43,20 @@ FEWBIT_ALWAYS_INLINE Cell c32(int lane, int e) {
 // and the stretches of 16 values that lanes own in the first pass start on different banks.
 FEWBIT_ALWAYS_INLINE int shared_place(int e) { return e ^ (e >> 5 & 3) << 2; }
 
+// What x is made of where it holds 4-bit codes, eight to a word.
+struct Int4 {};
+template <class X>
+constexpr int bits_in = std::is_same_v<X, Int4> ? 4 : 8 * int(sizeof(X));
+
 // Kernels are written for two levels: 75 (no cp.async, half-size mma, no bfloat16) and 80. Only
-// the one that a card runs is compiled for it.
+// the one that a card runs is compiled for it, and products of 4-bit numbers only where there are
+// units for them (sm_90 has none: the instruction would become some 200 others).
 #if defined(__CUDA_ARCH__)
-template <int level>
-constexpr bool compiled = (level >= 80) == (__CUDA_ARCH__ >= 800);
+template <class X, int level>
+constexpr bool compiled =
+    (level >= 80) == (__CUDA_ARCH__ >= 800) && !(std::is_same_v<X, Int4> && __CUDA_ARCH__ >= 900);
 #else
-template <int level>
+template <class X, int level>
 constexpr bool compiled = true;
 #endif
 
@@ -113,16 +127,29 @@ FEWBIT_DEVICE void multiply(float (&c)[4], const uint32_t (&a)[4], const uint32_
 #endif
 }
 
-// c += A B for int8 A and unsigned 8-bit B, sums in int32.
-template <int level>
+// c += A B for signed A and unsigned B of 8 bits or 4 bits, sums in int32.
+template <int level, class X>
 FEWBIT_DEVICE void multiply(int32_t (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  constexpr bool fours = std::is_same_v<X, Int4>;
 #if defined(__CUDACC__)
   if constexpr (level < 80) {  // rows and k in halves
 #pragma unroll
-    for (int i = 0; i < 4; ++i)
-      asm volatile("mma.sync.aligned.m8n8k16.row.col.s32.s8.u8.s32 {%0,%1}, {%2}, {%3}, {%0,%1};"
-                   : "+r"(c[2 * (i % 2)]), "+r"(c[2 * (i % 2) + 1])
-                   : "r"(a[i]), "r"(b[i / 2]));
+    for (int i = 0; i < 4; ++i) {
+      if constexpr (fours)
+        asm volatile("mma.sync.aligned.m8n8k32.row.col.s32.s4.u4.s32 {%0,%1}, {%2}, {%3}, {%0,%1};"
+                     : "+r"(c[2 * (i % 2)]), "+r"(c[2 * (i % 2) + 1])
+                     : "r"(a[i]), "r"(b[i / 2]));
+      else
+        asm volatile("mma.sync.aligned.m8n8k16.row.col.s32.s8.u8.s32 {%0,%1}, {%2}, {%3}, {%0,%1};"
+                     : "+r"(c[2 * (i % 2)]), "+r"(c[2 * (i % 2) + 1])
+                     : "r"(a[i]), "r"(b[i / 2]));
+    }
+  } else if constexpr (fours) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k64.row.col.s32.s4.u4.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9},"
+        " {%0,%1,%2,%3};"
+        : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
   } else {
     asm volatile(
         "mma.sync.aligned.m16n8k32.row.col.s32.s8.u8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9},"
@@ -131,14 +158,39 @@ FEWBIT_DEVICE void multiply(int32_t (&c)[4], const uint32_t (&a)[4], const uint3
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
   }
 #else
-  emulator::product<int32_t, 4>(
-      c, a, b, a8, b8,
-      [](uint32_t r, int i, int unsigned_operand) {
-        const uint8_t byte = uint8_t(r >> 8 * i);
-        return unsigned_operand ? int(byte) : int(int8_t(byte));
-      },
-      int32_t(0));
+  if constexpr (fours)
+    emulator::product<int32_t, 8>(
+        c, a, b, a4, b4,
+        [](uint32_t r, int i, int unsigned_operand) {
+          const int code = int(r >> 4 * i & 0xFu);
+          return unsigned_operand || code < 8 ? code : code - 16;
+        },
+        int32_t(0));
+  else
+    emulator::product<int32_t, 4>(
+        c, a, b, a8, b8,
+        [](uint32_t r, int i, int unsigned_operand) {
+          const uint8_t byte = uint8_t(r >> 8 * i);
+          return unsigned_operand ? int(byte) : int(int8_t(byte));
+        },
+        int32_t(0));
 #endif
+}
+
+// sum + the codes in two words of x.
+template <class X>
+FEWBIT_DEVICE int32_t add_codes(const uint32_t (&x)[2], int32_t sum) {
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    if constexpr (std::is_same_v<X, Int4>) {  // c + 8 is 0..15; the eights are taken off again
+      const uint32_t up = x[i] ^ 0x88888888u;
+      sum = __dp4a(int(up & 0x0F0F0F0Fu), 0x01010101, sum - 64);
+      sum = __dp4a(int(up >> 4 & 0x0F0F0F0Fu), 0x01010101, sum);
+    } else {
+      sum = __dp4a(int(x[i]), 0x01010101, sum);
+    }
+  }
+  return sum;
 }
 
 // Both halves apart: a - b.

@@ -8,6 +8,13 @@
 //   k of slot j of lane t is lane_columns t + j              (natural order inside the lane)
 //
 // and each lane ends with eight neighbouring columns of its rows of the result: 8 t .. 8 t + 7.
+// x of 4-bit codes comes in words of the same order, so both operands are multiplied as they lie.
+//
+// Work is shared by stream-K (M. Osama et al., PPoPP 2023): a tile of the result has `depth` pieces
+// along k; the pieces of all tiles, one after the other, are cut into even runs, one per block. A
+// block that has a tile to itself writes the result. Tiles that blocks share go to `partial`, and a
+// second kernel adds their parts in the order of k: the same bits in every run, no atomics, and no
+// block waits for another.
 #pragma once
 #include "mma.h"
 #include "units.h"
@@ -17,22 +24,26 @@ namespace fewbit::cuda {
 constexpr int product_warps = 4;
 constexpr int product_threads = product_warps * warp_size;
 constexpr int warp_rows = 2 * int(panel_rows);  // of the weight
+constexpr int product_columns = product_warps * warp_rows;
 
 // Row of the warp's 32 at position `column` of tile i.
 FEWBIT_ALWAYS_INLINE int packed_row(int column, int i) { return 4 * column + i; }
 
 template <class X, int bits, int tiles_, int level>
 struct Shape {
-  static constexpr bool integer = std::is_same_v<X, int8_t>;
+  static constexpr bool fours = std::is_same_v<X, Int4>;
+  static constexpr bool integer = fours || std::is_same_v<X, int8_t>;
   static constexpr int tiles = tiles_;  // of 16 rows of x
   static constexpr int rows = 16 * tiles;
-  static constexpr int lane_columns = bits == 8 ? 8 : int(unit_columns(bits));
+  static constexpr int x_bits = bits_in<X>;
+  static constexpr int lane_columns = fours ? 16 : bits == 8 ? 8 : int(unit_columns(bits));
   static constexpr int lane_words = lane_columns * bits / 32;
-  static constexpr int step = 4 * lane_columns;       // columns that a warp takes at once
-  static constexpr int slab = step < 64 ? 64 : step;  // columns per stage
+  static constexpr int chunk = fours ? 16 : 8;   // columns that meet one product or two of halves
+  static constexpr int step = 4 * lane_columns;  // columns that a warp takes at once
+  static constexpr int slab = fours ? 128 : step < 64 ? 64 : step;  // columns per stage
   static constexpr int steps = slab / step;
   static constexpr int stages = level < 80 ? 2 : tiles > 1 ? 3 : 4;
-  static constexpr int row_bytes = slab * int(sizeof(X)), step_bytes = step * int(sizeof(X));
+  static constexpr int row_bytes = slab * x_bits / 8, step_bytes = step * x_bits / 8;
   // Rows of x in shared memory, apart so that the lanes of one access hit different banks.
   static constexpr int pitch =
       row_bytes + (step_bytes >= 128 ? 16 : (step_bytes - row_bytes % 128 + 128) % 128);
@@ -43,6 +54,67 @@ struct Shape {
   static constexpr int w_bytes = level < 80 ? 0 : w_loads * product_threads * 16;
   static constexpr int shared_bytes = stages * (x_bytes + w_bytes);
 };
+
+// How stream-K cuts a product.
+struct Work {
+  int64_t m_tiles, tiles;  // tile = n_tile * m_tiles + m_tile
+  int64_t depth;           // pieces of a tile along k
+  int rows, columns;       // of the result, in a tile
+  int64_t blocks;
+
+  FEWBIT_ALWAYS_INLINE int64_t pieces() const { return tiles * depth; }
+  // Block b has pieces begin(b) .. begin(b + 1) - 1.
+  FEWBIT_ALWAYS_INLINE int64_t begin(int64_t block) const { return pieces() * block / blocks; }
+  FEWBIT_ALWAYS_INLINE int64_t block_of(int64_t piece) const {
+    return ((piece + 1) * blocks - 1) / pieces();
+  }
+  // Where a block's part of a tile that others share is kept. It has two such parts at most: one
+  // that begins its tile, which is the last of its run, and one that does not, the first.
+  FEWBIT_ALWAYS_INLINE int64_t slot(int64_t block, bool begins) const {
+    return 2 * block + (begins ? 1 : 0);
+  }
+  FEWBIT_ALWAYS_INLINE int64_t slots() const { return 2 * blocks; }
+  FEWBIT_ALWAYS_INLINE bool shares() const {
+    return pieces() % blocks != 0 || pieces() / blocks % depth != 0;
+  }
+};
+
+FEWBIT_ALWAYS_INLINE Work work_of(const PackedProduct& a, int rows, int columns, int slab) {
+  Work w{};
+  w.m_tiles = ceil_div(a.m, rows);
+  w.tiles = ceil_div(a.layout.panels() * panel_rows, columns) * w.m_tiles;
+  w.depth = ceil_div(a.layout.columns, slab);
+  w.rows = rows;
+  w.columns = columns;
+  w.blocks = a.blocks;
+  return w;
+}
+
+// Pieces [first, last) of a tile.
+struct Run {
+  int64_t tile, first, last;
+  bool whole;
+};
+
+// f(run) for what this block has.
+template <class F>
+FEWBIT_DEVICE void each_run(const Work& w, const F& f) {
+  const int64_t end = w.begin(int64_t(blockIdx.x) + 1);
+  for (int64_t at = w.begin(blockIdx.x); at < end;) {
+    Run r;
+    r.tile = at / w.depth;
+    r.first = at % w.depth;
+    r.last = r.first + (end - at) < w.depth ? r.first + (end - at) : w.depth;
+    r.whole = r.first == 0 && r.last == w.depth;
+    f(r);
+    at += r.last - r.first;
+  }
+}
+
+// Sums of codes over a row with one scale are kept as int32 until the end: exact in any order.
+FEWBIT_ALWAYS_INLINE bool exact_parts(const PackedProduct& a) {
+  return a.codes != 0 && a.layout.groups() == 1;
+}
 
 using Words = Vector<uint32_t, 4>;
 
@@ -83,11 +155,6 @@ FEWBIT_DEVICE RawScales load_scales(const void* scale, DType type, int64_t index
   }
   return r;
 }
-FEWBIT_DEVICE float load_scale(const void* scale, DType type, int64_t index) {
-  if (type == DType::f32) return static_cast<const float*>(scale)[index];
-  if (type == DType::f16) return to_float(static_cast<const Half*>(scale)[index]);
-  return to_float(static_cast<const BFloat16*>(scale)[index]);
-}
 FEWBIT_DEVICE float scale_at(const RawScales& r, DType type, int i) {
   if (type == DType::f32) return float_of(r.part[i / 4].v[i % 4]);
   const uint16_t bits = uint16_t(r.part[0].v[i / 2] >> 16 * (i % 2));
@@ -107,13 +174,14 @@ FEWBIT_DEVICE void put(const PackedProduct& a, float v, int64_t at) {
   if (a.dtype == DType::bf16) from_float(v, static_cast<BFloat16*>(a.out) + at);
 }
 
-// Eight neighbouring sums of one row: to the result, or to this part's place in `partial`.
-FEWBIT_DEVICE void put_eight(const PackedProduct& a, const float (&v)[8], int64_t row, int64_t n,
-                             int64_t split) {
-  const int64_t width = a.layout.panels() * panel_rows;
-  if (row >= a.m || n >= width) return;
-  if (a.splits > 1) {
-    float* to = static_cast<float*>(a.partial) + (split * a.m + row) * width + n;
+// Eight neighbouring sums of one row of a tile: to the result, or to the run's slot.
+FEWBIT_DEVICE void put_eight(const PackedProduct& a, const Work& w, const Run& run,
+                             const float (&v)[8], int64_t row, int64_t n) {
+  if (row >= a.m) return;
+  if (!run.whole) {
+    const int64_t slot = w.slot(blockIdx.x, run.first == 0);
+    float* to =
+        static_cast<float*>(a.partial) + (slot * w.rows + row % w.rows) * w.columns + n % w.columns;
     store(to, Vector<float, 4>{{v[0], v[1], v[2], v[3]}});
     store(to + 4, Vector<float, 4>{{v[4], v[5], v[6], v[7]}});
     return;
@@ -123,16 +191,17 @@ FEWBIT_DEVICE void put_eight(const PackedProduct& a, const float (&v)[8], int64_
     if (n + i < a.layout.rows) put(a, finish(a, v[i], row, n + i), row * a.layout.rows + n + i);
 }
 
-template <class X, int bits, int tiles, int level>
-FEWBIT_DEVICE void product_block(const PackedProduct& a) {
+// `single`: codes with one scale a row of the weight, which is applied at the end.
+template <class X, int bits, int tiles, int level, bool single>
+FEWBIT_DEVICE void product_run(const PackedProduct& a, const Work& work, const Run& run) {
   using S = Shape<X, bits, tiles, level>;
   using Sum = std::conditional_t<S::integer, int32_t, float>;
   constexpr bool async = level >= 80;
   const PackedLayout& l = a.layout;
   const int lane = int(threadIdx.x) % warp_size, warp = int(threadIdx.x) / warp_size;
   const int g = lane / 4, t = lane % 4;
-  const int64_t m0 = int64_t(blockIdx.y) * S::rows, split = blockIdx.z;
-  const int64_t pair = int64_t(blockIdx.x) * product_warps + warp;
+  const int64_t m0 = run.tile % work.m_tiles * S::rows;
+  const int64_t pair = run.tile / work.m_tiles * product_warps + warp;
   const int64_t groups = l.groups(), last_panel = l.panels() - 1;
   // What this lane loads: four rows of one panel. What it ends with: eight columns of another.
   const int64_t in_panel = 2 * pair + g / 4 < last_panel ? 2 * pair + g / 4 : last_panel;
@@ -142,9 +211,9 @@ FEWBIT_DEVICE void product_block(const PackedProduct& a) {
   const uint32_t* words =
       a.packed + in_panel * l.panel_words() + t * S::lane_words * panel_rows + 4 * (g % 4);
 
-  const int64_t slabs = ceil_div(l.columns, S::slab), steps = l.columns / S::step;
-  const int64_t first = slabs * split / a.splits, last = slabs * (split + 1) / a.splits;
+  const int64_t steps = l.columns / S::step, first = run.first, last = run.last;
   const int64_t group_steps = l.group_size / S::step;
+  const bool exact = single || exact_parts(a);
 
   unsigned char* const ring = dynamic_shared();
   const auto x_stage = [&](int64_t slab) { return ring + slab % S::stages * S::x_bytes; };
@@ -159,9 +228,10 @@ FEWBIT_DEVICE void product_block(const PackedProduct& a) {
     for (int i = 0; i < S::x_loads; ++i) {
       const int piece = int(threadIdx.x) + i * product_threads;
       const int row = piece / (S::row_bytes / 16), byte = piece % (S::row_bytes / 16) * 16;
-      const int64_t k = slab * S::slab + byte / int(sizeof(X));
+      const int64_t k = slab * S::slab + byte * 8 / S::x_bits;
       const bool inside = slab < last && k < l.columns && m0 + row < a.m;
-      const X* from = static_cast<const X*>(a.x) + (inside ? (m0 + row) * l.columns + k : 0);
+      const unsigned char* from = static_cast<const unsigned char*>(a.x) +
+                                  (inside ? ((m0 + row) * l.columns + k) * S::x_bits / 8 : 0);
       if (S::x_pieces % product_threads != 0 && piece >= S::x_pieces) continue;
       if constexpr (async)
         copy_16<level>(x_stage(slab) + row * S::pitch + byte, from, inside);
@@ -201,56 +271,58 @@ FEWBIT_DEVICE void product_block(const PackedProduct& a) {
     __syncthreads();
   };
 
-  float total[tiles][4][4] = {};
+  float total[single ? 1 : tiles][4][4] = {};
   Sum sum[tiles][4][4] = {};
   int32_t x_sum[tiles][2] = {};  // of codes over the group so far, this lane's columns
   uint32_t zero[4] = {};
   RawScales scales = {};
+  // The group's sums of codes less what zero points add, in place.
+  const auto centre = [&](int64_t group) {
+    const Vector<uint8_t, 8> z = load<8>(a.zero_point + out_scale + group * panel_rows);
+    // Of a group in parts, the part that begins it takes the whole of the code sum.
+    const bool begins = group * group_steps >= first * S::steps;
+#pragma unroll
+    for (int mt = 0; mt < tiles; ++mt)
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        int32_t s = x_sum[mt][h];
+        s += __shfl_xor_sync(full_warp, s, 1);
+        s += __shfl_xor_sync(full_warp, s, 2);
+        const int64_t row = m0 + mt * 16 + h * 8 + g;
+        const int32_t za = a.x_zero && begins && row < a.m ? a.x_zero[row] : 0;
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+#pragma unroll
+          for (int e = 0; e < 2; ++e) {
+            Sum& v = sum[mt][i][2 * h + e];
+            v -= int32_t(z.v[4 * e + i]) * s;
+            if (a.x_zero) v -= za * a.code_sum[out_scale + group * panel_rows + 4 * e + i];
+          }
+        x_sum[mt][h] = 0;
+      }
+  };
+  // A sum times its scale; of a part whose sum is to stay exact, its bits.
+  const auto scaled = [&](Sum v, int i, int e) {
+    if (S::integer && exact && !run.whole) return float_of(uint32_t(v));
+    return float(v) * scale_at(scales, a.scale_dtype, 4 * e + i);
+  };
   // The group's sums into the total.
   const auto flush = [&](int64_t group) {
-    if constexpr (S::integer) {
-      const Vector<uint8_t, 8> z = load<8>(a.zero_point + out_scale + group * panel_rows);
+    if constexpr (S::integer) centre(group);
 #pragma unroll
-      for (int mt = 0; mt < tiles; ++mt)
+    for (int i = 0; i < 4; ++i)
 #pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          int32_t s = x_sum[mt][h];
-          s += __shfl_xor_sync(full_warp, s, 1);
-          s += __shfl_xor_sync(full_warp, s, 2);
-          const int64_t row = m0 + mt * 16 + h * 8 + g;
-          const int32_t za = a.x_zero && row < a.m ? a.x_zero[row] : 0;
+      for (int e = 0; e < 2; ++e)
 #pragma unroll
-          for (int i = 0; i < 4; ++i)
+        for (int mt = 0; mt < tiles; ++mt)
 #pragma unroll
-            for (int e = 0; e < 2; ++e) {
-              int32_t v = sum[mt][i][2 * h + e] - int32_t(z.v[4 * e + i]) * s;
-              // Of a single group in parts, the first part takes the whole of the code sum.
-              if (a.x_zero && split == 0)
-                v -= za * a.code_sum[out_scale + group * panel_rows + 4 * e + i];
-              float& to = total[mt][i][2 * h + e];
-              if (a.splits > 1)  // a part of the only group: exact, so as int32
-                to = float_of(uint32_t(v));
-              else
-                to += float(v) * scale_at(scales, a.scale_dtype, 4 * e + i);
-              sum[mt][i][2 * h + e] = 0;
-            }
-          x_sum[mt][h] = 0;
-        }
-    } else {
-#pragma unroll
-      for (int i = 0; i < 4; ++i)
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          const float s = scale_at(scales, a.scale_dtype, 4 * e + i);
-#pragma unroll
-          for (int mt = 0; mt < tiles; ++mt)
-#pragma unroll
-            for (int h = 0; h < 2; ++h) {
-              total[mt][i][2 * h + e] += sum[mt][i][2 * h + e] * s;
-              sum[mt][i][2 * h + e] = 0.0f;
-            }
-        }
-    }
+          for (int h = 0; h < 2; ++h) {
+            Sum& v = sum[mt][i][2 * h + e];
+            float& to = total[mt][i][2 * h + e];
+            // Exact parts have one group: the total is still 0, and bits are kept as they are.
+            to = S::integer && exact && !run.whole ? scaled(v, i, e) : to + scaled(v, i, e);
+            v = 0;
+          }
   };
 
 #pragma unroll
@@ -263,50 +335,57 @@ FEWBIT_DEVICE void product_block(const PackedProduct& a) {
     for (int c = 0; c < S::steps; ++c) {
       const int64_t step = slab * S::steps + c;
       if (step >= steps) break;
-      const int64_t group = step / group_steps;
-      if (step % group_steps == 0 || (slab == first && c == 0)) {
-        scales = load_scales(a.scale, a.scale_dtype, out_scale + group * panel_rows);
-        if constexpr (!S::integer) {
-          const Vector<uint8_t, 4> z = load<4>(a.zero_point + in_zero + group * panel_rows);
+      const int64_t group = single ? 0 : step / group_steps;
+      if constexpr (!single) {
+        if (step % group_steps == 0 || (slab == first && c == 0)) {
+          scales = load_scales(a.scale, a.scale_dtype, out_scale + group * panel_rows);
+          if constexpr (!S::integer) {
+            const Vector<uint8_t, 4> z = load<4>(a.zero_point + in_zero + group * panel_rows);
 #pragma unroll
-          for (int i = 0; i < 4; ++i) zero[i] = half_1024 | z.v[i] | uint32_t(z.v[i]) << 16;
+            for (int i = 0; i < 4; ++i) zero[i] = half_1024 | z.v[i] | uint32_t(z.v[i]) << 16;
+          }
         }
       }
       Words step_words[S::lane_words];
 #pragma unroll
       for (int i = 0; i < S::lane_words; ++i) step_words[i] = w[c * S::lane_words + i];
 #pragma unroll
-      for (int eight = 0; eight < S::lane_columns / 8; ++eight) {
-        constexpr int registers = 2 * int(sizeof(X));  // that hold eight columns of x
+      for (int part = 0; part < S::lane_columns / S::chunk; ++part) {
+        constexpr int registers = S::chunk * S::x_bits / 32;  // that hold a chunk of x
         Vector<uint32_t, registers> left[tiles][2];
 #pragma unroll
         for (int mt = 0; mt < tiles; ++mt)
 #pragma unroll
           for (int h = 0; h < 2; ++h) {
-            const int column = c * S::step + t * S::lane_columns + 8 * eight;
+            const int column = c * S::step + t * S::lane_columns + S::chunk * part;
             const unsigned char* from =
-                x + (mt * 16 + h * 8 + g) * S::pitch + column * int(sizeof(X));
+                x + (mt * 16 + h * 8 + g) * S::pitch + column * S::x_bits / 8;
             left[mt][h] = load<registers>(reinterpret_cast<const uint32_t*>(from));
-            if constexpr (S::integer)
-              x_sum[mt][h] = __dp4a(int(left[mt][h].v[0]), 0x01010101,
-                                    __dp4a(int(left[mt][h].v[1]), 0x01010101, x_sum[mt][h]));
+            if constexpr (S::integer) x_sum[mt][h] = add_codes<X>(left[mt][h].v, x_sum[mt][h]);
           }
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          const uint32_t quad[2] = {quad_of_row<bits>(step_words, i, 2 * eight),
-                                    quad_of_row<bits>(step_words, i, 2 * eight + 1)};
           if constexpr (S::integer) {
+            uint32_t right[2];
+            if constexpr (S::fours) {  // as they lie
+              right[0] = step_words[0].v[i];
+              right[1] = step_words[1].v[i];
+            } else {
+              right[0] = quad_of_row<bits>(step_words, i, 2 * part);
+              right[1] = quad_of_row<bits>(step_words, i, 2 * part + 1);
+            }
 #pragma unroll
             for (int mt = 0; mt < tiles; ++mt) {
               const uint32_t rows[4] = {left[mt][0].v[0], left[mt][1].v[0], left[mt][0].v[1],
                                         left[mt][1].v[1]};
-              multiply<level>(sum[mt][i], rows, quad);
+              multiply<level, X>(sum[mt][i], rows, right);
             }
           } else {
 #pragma unroll
-            for (int j = 0; j < 2; ++j) {  // columns 0, 2 of the quad, then 1, 3
-              const uint32_t right[2] = {centred<X>(quad[j], zero[i]),
-                                         centred<X>(quad[j] >> 8, zero[i])};
+            for (int j = 0; j < 2; ++j) {
+              const uint32_t quad = quad_of_row<bits>(step_words, i, 2 * part + j);
+              // Columns 0, 2 of the quad, then 1, 3.
+              const uint32_t right[2] = {centred<X>(quad, zero[i]), centred<X>(quad >> 8, zero[i])};
 #pragma unroll
               for (int mt = 0; mt < tiles; ++mt) {
                 const uint32_t *p = left[mt][0].v + 2 * j, *q = left[mt][1].v + 2 * j;
@@ -319,9 +398,15 @@ FEWBIT_DEVICE void product_block(const PackedProduct& a) {
           }
         }
       }
-      const bool ends = (step + 1) % group_steps == 0;
-      if (ends || step + 1 == steps || (slab + 1 == last && c + 1 == S::steps)) flush(group);
+      if constexpr (!single) {
+        const bool ends = (step + 1) % group_steps == 0;
+        if (ends || step + 1 == steps || (slab + 1 == last && c + 1 == S::steps)) flush(group);
+      }
     }
+  }
+  if constexpr (single) {
+    scales = load_scales(a.scale, a.scale_dtype, out_scale);
+    centre(0);
   }
 
 #pragma unroll
@@ -333,9 +418,23 @@ FEWBIT_DEVICE void product_block(const PackedProduct& a) {
 #pragma unroll
       for (int i = 0; i < 4; ++i)
 #pragma unroll
-        for (int e = 0; e < 2; ++e) v[packed_row(e, i)] = total[mt][i][2 * h + e];
-      put_eight(a, v, row, n, split);
+        for (int e = 0; e < 2; ++e) {
+          if constexpr (single)
+            v[packed_row(e, i)] = scaled(sum[mt][i][2 * h + e], i, e);
+          else
+            v[packed_row(e, i)] = total[mt][i][2 * h + e];
+        }
+      put_eight(a, work, run, v, row, n);
     }
+  wait_for_copies<level, 0>();  // the next run fills the ring anew
+  __syncthreads();
+}
+
+template <class X, int bits, int tiles, int level, bool single>
+FEWBIT_DEVICE void product_block(const PackedProduct& a) {
+  using S = Shape<X, bits, tiles, level>;
+  const Work work = work_of(a, S::rows, product_columns, S::slab);
+  each_run(work, [&](const Run& run) { product_run<X, bits, tiles, level, single>(a, work, run); });
 }
 
 }  // namespace fewbit::cuda

@@ -7,18 +7,26 @@ template <class T, int V>
 __global__ void quantize_per_token(QuantizePerToken a) {
   const int64_t m = blockIdx.x;
   const T* x = static_cast<const T*>(a.x) + m * a.columns;
-  const auto value = [&](int64_t k, float (&v)[V]) {
-    const Vector<T, V> in = load<V>(x + k);
+  // As many as are asked for, in accesses of V.
+  const auto value = [&](int64_t k, auto& v) {
+    constexpr int n = int(sizeof(v) / sizeof(v[0]));
 #pragma unroll
-    for (int j = 0; j < V; ++j) {
-      v[j] = to_float(in.v[j]);
-      if (a.skip && a.skip[k + j]) v[j] *= 0.0f;  // an infinity still shows
+    for (int i = 0; i < n; i += V) {
+      const Vector<T, V> in = load<V>(x + k + i);
+#pragma unroll
+      for (int j = 0; j < V; ++j) {
+        v[i + j] = to_float(in.v[j]);
+        if (a.skip && a.skip[k + i + j]) v[i + j] *= 0.0f;  // an infinity still shows
+      }
     }
   };
-  TokenStep step = fit_row<V>(a.columns, a.symmetric, value);
+  TokenStep step = fit_row<V>(a.columns, a.symmetric, value, a.bits);
   if (a.fixed_scale && step.s == step.s)
     step = {*a.fixed_scale, a.fixed_zero ? float(*a.fixed_zero) : 0.0f};
-  quantize_row<V>(a.columns, a.symmetric, step, a.q + m * a.columns, value);
+  if (a.words)
+    quantize_row_to_words(a.columns, step, a.words + m * (a.columns / 8), value);
+  else
+    quantize_row<V>(a.columns, a.symmetric, step, a.q + m * a.columns, value, a.bits);
   if (threadIdx.x == 0) {
     a.scale[m] = step.s;
     a.zero_point[m] = int32_t(step.z);

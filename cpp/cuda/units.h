@@ -18,6 +18,12 @@ FEWBIT_ALWAYS_INLINE UnitSpan unit_span(const PackedLayout& l, int64_t u) {
   return {start, n < unit_columns(l.bits) ? n : unit_columns(l.bits)};
 }
 
+FEWBIT_DEVICE float load_scale(const void* scale, DType type, int64_t index) {
+  if (type == DType::f32) return static_cast<const float*>(scale)[index];
+  if (type == DType::f16) return to_float(static_cast<const Half*>(scale)[index]);
+  return to_float(static_cast<const BFloat16*>(scale)[index]);
+}
+
 template <int bits>
 FEWBIT_ALWAYS_INLINE uint32_t code_mask() {
   return 0x01010101u * ((1u << bits) - 1u);

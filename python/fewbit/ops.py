@@ -19,6 +19,7 @@ __all__ = [
     "gptq",
     "gram",
     "hadamard",
+    "hadamard_quantize",
     "int8_mixed_linear",
     "norm_quantize",
     "pack",
@@ -27,9 +28,11 @@ __all__ = [
     "pseudo_quantize_",
     "quantize",
     "quantize_per_token",
+    "scaled_error",
     "unpack",
     "unpack_fields",
     "w4a16_linear",
+    "w4a4_linear",
     "w8a8_linear",
 ]
 
@@ -130,6 +133,28 @@ def pseudo_quantize_(
 @torch.library.register_fake("fewbit::pseudo_quantize_")
 def _(w, bits, group_size, symmetric, scale_dtype):
     return None
+
+
+def scaled_error(
+    w: Tensor,
+    scale: Tensor,
+    bits: int = 4,
+    group_size: int = 128,
+    symmetric: bool = False,
+    scale_dtype: str = "float32",
+) -> Tensor:
+    """What ``pseudo_quantize`` leaves of scaled weights: Q(w s) / s - w for every row of ``scale``.
+
+    ``w`` [out_features, in_features] is read once for all of ``scale`` float32 [candidates,
+    in_features]. Returns [candidates, out_features, in_features] of the type of w, float32 inside
+    (cpp/include/fewbit/scaled_error.h). Grid and errors as in ``quantize``.
+    """
+    return torch.ops.fewbit.scaled_error.default(w, scale, bits, group_size, symmetric, scale_dtype)
+
+
+@torch.library.register_fake("fewbit::scaled_error")
+def _(w, scale, bits, group_size, symmetric, scale_dtype):
+    return w.new_empty((scale.shape[0], *w.shape))
 
 
 def pack(
@@ -318,6 +343,26 @@ torch.library.register_autograd(
 )
 
 
+def hadamard_quantize(
+    x: Tensor, base: Tensor | None = None, signs: Tensor | None = None, bits: int = 8
+) -> tuple[Tensor, Tensor]:
+    """``hadamard`` of each row of ``x`` [rows, width], then its codes: one scale per row.
+
+    The transform stays in float32 in between. Returns (``q``, ``scale`` float32 [rows]): for 8
+    ``bits`` q is int8 [rows, width], what ``w8a8_linear`` takes; for 4, int32 [rows, width / 8] of
+    eight codes each, what ``w4a4_linear`` takes (a width in eights). The grid is symmetric:
+    cpp/include/fewbit/quantize_per_token.h.
+    """
+    return torch.ops.fewbit.hadamard_quantize.default(x, base, signs, bits)
+
+
+@torch.library.register_fake("fewbit::hadamard_quantize")
+def _(x, base, signs, bits):
+    shape = x.shape if bits == 8 else (x.shape[0], x.shape[1] // 8)
+    q = x.new_empty(shape, dtype=torch.int8 if bits == 8 else torch.int32)
+    return q, x.new_empty((x.shape[0],), dtype=torch.float32)
+
+
 def w4a16_linear(
     x: Tensor,
     packed: Tensor,
@@ -458,6 +503,34 @@ def _(
     symmetric, x_scale, x_zero_point, code_sum,
 ):  # fmt: skip
     dtype = torch.float32 if x.dtype == torch.int8 else x.dtype
+    return x.new_empty((x.shape[0], out_features), dtype=dtype)
+
+
+def w4a4_linear(
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    bias: Tensor | None,
+    out_features: int,
+    group_size: int = -1,
+    x_scale: Tensor | None = None,
+) -> Tensor:
+    """4-bit activations times packed weights of 4 bits: [tokens, out_features].
+
+    ``x`` [tokens, in_features] is float (put on a symmetric grid of 4 bits per token, codes -7..7,
+    x_scale = max|x| / 7; the result has its type), or codes as ``hadamard_quantize`` with 4 bits
+    returns them: int32 [tokens, in_features / 8] with ``x_scale`` float32 [tokens] (float32
+    result). Sums over a group are exact integers; scales as in ``w8a8_linear``.
+    """
+    return torch.ops.fewbit.w4a4_linear.default(
+        x, packed, scale, zero_point, bias, out_features, group_size, x_scale
+    )
+
+
+@torch.library.register_fake("fewbit::w4a4_linear")
+def _(x, packed, scale, zero_point, bias, out_features, group_size, x_scale):
+    dtype = torch.float32 if x.dtype == torch.int32 else x.dtype
     return x.new_empty((x.shape[0], out_features), dtype=dtype)
 
 

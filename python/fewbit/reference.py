@@ -106,6 +106,17 @@ def pseudo_quantize_(
     w.copy_(pseudo_quantize(w, bits, group_size, symmetric, scale_dtype))
 
 
+def scaled_error(
+    w: Tensor, scale: Tensor, bits: int, group_size: int, symmetric: bool, scale_dtype: str
+) -> Tensor:
+    """Q(w s) / s - w for every row s of ``scale``."""
+    x, out = w.float(), []
+    for s in scale:
+        q = pseudo_quantize(x * s, bits, group_size, symmetric, scale_dtype)
+        out.append((q / s - x).to(w.dtype))
+    return torch.stack(out) if out else w.new_empty((0, *w.shape))
+
+
 def act_stats(x: Tensor, sum_abs: Tensor, max_abs: Tensor) -> None:
     """sum_abs += sum |x|, max_abs = max(max_abs, |x|) over rows, in place."""
     magnitude = x.abs()
@@ -237,6 +248,15 @@ def hadamard(x: Tensor, base: Tensor | None, signs: Tensor | None) -> Tensor:
         scale *= m**-0.5 if base.dtype == torch.int8 else 1.0
         y = torch.einsum("im,tib->tmb", base.float(), y.reshape(rows, m, width // m))
     return (y * scale).reshape(rows, width).to(x.dtype)
+
+
+def hadamard_quantize(
+    x: Tensor, base: Tensor | None, signs: Tensor | None, bits: int
+) -> tuple[Tensor, Tensor]:
+    """hadamard in float32, then quantize_per_token."""
+    y = hadamard(x.float(), base, signs)
+    q, s, _ = quantize_per_token(y, True, None, None, bits=bits)
+    return (words_of_fours(q) if bits == 4 else q), s
 
 
 # ---- the packed layout (cpp/include/fewbit/layout.h) ---------------------------------------------
@@ -383,6 +403,7 @@ def quantize_per_token(
     x_scale: Tensor | None,
     x_zero_point: Tensor | None,
     skip: Tensor | None = None,
+    bits: int = 8,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """q = clamp(round(x / s) + z); equation in fewbit/quantize_per_token.h."""
     x = x.float()
@@ -399,14 +420,31 @@ def quantize_per_token(
     else:
         span = hi - lo
         wide = torch.where(span <= torch.finfo(torch.float32).max, span / 255, hi / 255 - lo / 255)
-        s = (top / 127 if symmetric else wide).clamp(min=torch.finfo(torch.float32).tiny)
+        s = (top / (2 ** (bits - 1) - 1) if symmetric else wide).clamp(
+            min=torch.finfo(torch.float32).tiny
+        )
         s = torch.where(top > 0, s, torch.ones_like(s))
         z = torch.zeros_like(s) if symmetric else (-128 - lo / s).round().clamp(-128, 127)
     s = torch.where(finite, s, torch.full_like(s, torch.nan))
     z = torch.where(finite, z, torch.zeros_like(z))
-    least = -127.0 if symmetric else -128.0
-    q = ((x / s[:, None]).round() + z[:, None]).nan_to_num(nan=least).clamp(least, 127)
+    most = 2.0 ** (bits - 1) - 1
+    least = -most if symmetric else -most - 1
+    q = ((x / s[:, None]).round() + z[:, None]).nan_to_num(nan=least).clamp(least, most)
     return q.to(torch.int8), s.contiguous(), z.to(torch.int32)
+
+
+def words_of_fours(q: Tensor) -> Tensor:
+    """int8 codes of 4 bits [rows, columns], eight to an int32 word in the order of a unit."""
+    shift = _shift(4, torch.arange(8, device=q.device))
+    value = ((q.long() & 15).unflatten(1, (-1, 8)) << shift).sum(-1)
+    return torch.where(value >= 2**31, value - 2**32, value).to(torch.int32)
+
+
+def fours_of_words(words: Tensor) -> Tensor:
+    """The inverse of ``words_of_fours``."""
+    shift = _shift(4, torch.arange(8, device=words.device))
+    code = (words.long()[..., None] >> shift) & 15
+    return torch.where(code >= 8, code - 16, code).flatten(1).to(torch.int8)
 
 
 def norm_quantize(
@@ -471,6 +509,27 @@ def w8a8_linear(
         q, s, z = quantize_per_token(x, symmetric, x_scale, x_zero_point)
     weight, sizes = (packed, scale, zero_point), (out_features, bits, group_size)
     out = _token_product(q, s, None if symmetric else z, weight, sizes, None)
+    return (out if bias is None else out + bias.float()).to(dtype)
+
+
+def w4a4_linear(
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    bias: Tensor | None,
+    out_features: int,
+    group_size: int,
+    x_scale: Tensor | None,
+) -> Tensor:
+    """Quantise x to 4 bits if it is float, multiply exactly, scale."""
+    dtype = torch.float32 if x.dtype == torch.int32 else x.dtype
+    if x.dtype == torch.int32:
+        q, s = fours_of_words(x), x_scale
+    else:
+        q, s, _ = quantize_per_token(x, True, None, None, bits=4)
+    weight, sizes = (packed, scale, zero_point), (out_features, 4, group_size)
+    out = _token_product(q, s, None, weight, sizes, None)
     return (out if bias is None else out + bias.float()).to(dtype)
 
 

@@ -13,13 +13,16 @@
 #include "fewbit/pseudo_quantize.h"
 #include "fewbit/quantize.h"
 #include "fewbit/quantize_per_token.h"
+#include "fewbit/scaled_error.h"
 #include "fewbit/unpack.h"
+#include "fewbit/w4a4_linear.h"
 
 namespace fewbit::cuda {
 
-// Where a kernel runs: compute capability (75, 80, ..) and stream of the current device.
+// Where a kernel runs: compute capability (75, 80, ..), card, and a stream of it.
 struct Place {
   int architecture;
+  int device;
   void* stream;
 };
 
@@ -28,7 +31,7 @@ struct Place {
 //   codes:    out[m, n] = sx[m] sum_g s[n, g] sum_k (x[m, k] - za[m]) (q[n, k] - z[n, g]) + ...
 // q - z is exact; sums of a group are float32 (int32 for codes), groups are added in float32.
 struct PackedProduct {
-  const void* x;              // [m, columns] of dtype, or int8; 16-byte aligned
+  const void* x;              // [m, columns] of dtype, or codes; 16-byte aligned
   const float* x_scale;       // [m]: sx, for codes
   const int32_t* x_zero;      // [m]: za; or null
   const int32_t* code_sum;    // [panels, groups, 16]: sum of q - z; null when x_zero is
@@ -37,25 +40,40 @@ struct PackedProduct {
   const uint8_t* zero_point;  // [panels, groups, 16]
   const float* bias;          // [rows]; or null
   const float* add;           // [m, rows]: added to the product; or null
-  void* partial;              // [splits, m, panels * 16] 4-byte sums; null when splits is 1
+  void* partial;              // 4-byte sums of tiles that blocks share; see partial_bytes
   void* out;                  // [m, rows] of dtype
-  bool codes;
+  int codes;                  // bits of the codes in x, 8 or 4 (as words); 0: x is float
   DType dtype;
   DType scale_dtype;
   int64_t m;
-  int splits;  // parts of k, summed in order by a second kernel
+  int blocks;  // that share the work evenly (stream-K, product.h)
   PackedLayout layout;
 };
 
 // Whether the kernels serve it: groups in whole steps of the inner loop, aligned x, and for many
 // rows a type that the card's tensor cores take.
 bool serves(const PackedProduct& a, int architecture);
-// Parts of k that fill `processors` multiprocessors.
-int splits_for(const PackedProduct& a, int processors);
+// Whether 4-bit codes meet 4-bit weights on tensor cores that multiply 4-bit numbers.
+bool multiplies_fours(const PackedProduct& a, int architecture);
+// Blocks that fill `processors` multiprocessors, and the workspace that they need.
+int blocks_for(const PackedProduct& a, int architecture, int processors);
+int64_t partial_bytes(const PackedProduct& a, int architecture);
 // Most rows for which reading packed weights is worth it: from there on tensor cores are the limit
 // and one pass that dequantises costs little (docs of Marlin and Machete; to be measured).
 constexpr int64_t most_rows(int architecture) { return architecture >= 90 ? 128 : 256; }
 constexpr int64_t few_rows = 4;  // most rows of float x that run on CUDA cores
+
+// Packed weights to a dense matrix, (q - z) s rounded to its type: what torch's own product of many
+// rows takes.
+struct DensePacked {
+  const uint32_t* packed;
+  const void* scale;
+  const uint8_t* zero_point;
+  void* out;  // [rows, columns] of dtype
+  DType dtype;
+  DType scale_dtype;
+  PackedLayout layout;
+};
 
 // The float part of LLM.int8() (int8_mixed_linear.h) with the list of outliers on the card.
 struct ColumnPlaces {
@@ -117,14 +135,23 @@ struct HadamardRows {
   int64_t m;
   int k;
   float scale;  // of the result
+  // Instead of y, the row's codes (quantize_per_token.h, symmetric) of the float32 result:
+  float* code_scale;  // [rows]; or null
+  int8_t* q;          // [rows, m 2^k], 8 bits
+  uint32_t* words;    // [rows, m 2^k / 8], 4 bits
 };
 // Bytes of shared memory that a row takes: more than a card has is not served.
-constexpr int64_t hadamard_bytes(int64_t width) { return ceil_div(width, 128) * 512; }
+constexpr int64_t hadamard_bytes(int64_t width, bool codes) {
+  return ceil_div(width, 128) * 512 + (codes ? 512 : 0);  // codes: what reductions take
+}
+constexpr int64_t most_quantized_base = 512;  // largest m of a row that ends as codes
 
 // Queues the kernel; null, or what the driver says is wrong. Pointers are of the device.
 const char* launch(const ActStats& a, Place place);
 const char* launch(const ColumnPlaces& a, Place place);
+const char* launch(const DensePacked& a, Place place);
 const char* launch(const Dequantize& a, Place place);
+const char* launch(const FoursOfWords& a, Place place);
 const char* launch(const GptqRows& a, Place place);
 const char* launch(const HadamardRows& a, Place place);
 const char* launch(const NormQuantize& a, Place place);  // y is not used
@@ -135,6 +162,7 @@ const char* launch(const PackedProduct& a, Place place);
 const char* launch(const PseudoQuantize& a, Place place);
 const char* launch(const Quantize& a, Place place);
 const char* launch(const QuantizePerToken& a, Place place);
+const char* launch(const ScaledError& a, Place place);
 const char* launch(const Unpack& a, Place place);
 
 int architecture(int device);  // 10 major + minor; 0 where there is no such device
@@ -146,6 +174,8 @@ int64_t shared_memory(int device);  // bytes that one block may have
 void emulate(int architecture, bool descending);
 int emulated();
 bool emulated_descending();
-int64_t emulated_launches();  // kernels that the emulator has run
+int64_t emulated_launches();        // kernels that the emulator has run
+void refuse_launches(bool refuse);  // the emulator's next launches fail
+bool refuses_launches();
 
 }  // namespace fewbit::cuda

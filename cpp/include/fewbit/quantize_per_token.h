@@ -1,14 +1,18 @@
-// Activations to int8, one scale per token (row):
+// Activations to int8 or int4, one scale per token (row):
 //
-//   symmetric:   s = max |x| / 127          z = 0                             q in -127..127
+//   symmetric:   s = max |x| / top          z = 0                             q in -top..top
 //   asymmetric:  s = (hi - lo) / 255        z = clamp(round(-128 - lo / s))   q in -128..127
 //   static:      s and z are given
+//   top = 2^(bits - 1) - 1: 127, or 7 (symmetric only)
 //   q = clamp(round(x / s) + z)             x' = (q - z) s
 //
 // lo = min(0, min x) and hi = max(0, max x). Rounds half to even and divides by s: CPU results
 // equal python/fewbit/reference.py bit for bit. A row of zeros has s = 1. A row with a NaN or an
 // infinity has s = NaN and the least code, so that what is computed from it is NaN. Columns marked
 // in `skip` (LLM.int8()'s outliers, arXiv 2208.07339) count as 0 in range and codes.
+//
+// Codes of 4 bits are int8 numbers, or eight of them in a word in the order of the packed layout's
+// units (layout.h), in two's complement: column i of the eight is at bits 8 (i % 4) + 4 (i / 4).
 #pragma once
 #include "fewbit/kernel.h"
 #include "fewbit/numeric.h"
@@ -27,6 +31,8 @@ struct QuantizePerToken {
   bool symmetric;
   int64_t m;
   int64_t columns;
+  int bits = 8;               // or 4
+  uint32_t* words = nullptr;  // [m, columns / 8]: codes of 4 bits go there, not to q
 
   FEWBIT_ALWAYS_INLINE int64_t tasks() const { return m; }
 };
@@ -38,13 +44,26 @@ struct TokenStep {
   float z;  // a whole number
 };
 
-FEWBIT_ALWAYS_INLINE TokenStep token_step(float lo, float hi, bool finite, bool symmetric) {
+FEWBIT_ALWAYS_INLINE float top_code(int bits) { return float((1 << (bits - 1)) - 1); }
+
+// Word of eight 4-bit codes from two words of int8 codes, columns 0..3 and 4..7.
+FEWBIT_ALWAYS_INLINE uint32_t word_of_fours(uint32_t low, uint32_t high) {
+  return (low & 0x0F0F0F0Fu) | (high & 0x0F0F0F0Fu) << 4;
+}
+// Column i of such a word.
+FEWBIT_ALWAYS_INLINE int8_t four_of_word(uint32_t word, int i) {
+  const int code = int(word >> (8 * (i % 4) + 4 * (i / 4)) & 0xFu);
+  return int8_t(code < 8 ? code : code - 16);
+}
+
+FEWBIT_ALWAYS_INLINE TokenStep token_step(float lo, float hi, bool finite, bool symmetric,
+                                          int bits = 8) {
   const float top = -lo > hi ? -lo : hi;
   if (!finite) return {float_of(0x7FC00000u), 0.0f};
   if (!(top > 0.0f)) return {1.0f, symmetric ? 0.0f : -128.0f};
   float s;
   if (symmetric) {
-    s = top / 127.0f;
+    s = top / top_code(bits);
   } else {
     const float range = hi - lo;
     s = range <= 3.4028235e38f ? range / 255.0f : hi / 255.0f - lo / 255.0f;
@@ -55,11 +74,11 @@ FEWBIT_ALWAYS_INLINE TokenStep token_step(float lo, float hi, bool finite, bool 
   return {s, z < -128.0f ? -128.0f : z < 127.0f ? z : 127.0f};
 }
 
-FEWBIT_ALWAYS_INLINE int8_t token_code(float v, TokenStep step, bool symmetric) {
-  const float least = symmetric ? -127.0f : -128.0f;
+FEWBIT_ALWAYS_INLINE int8_t token_code(float v, TokenStep step, bool symmetric, int bits = 8) {
+  const float top = top_code(bits), least = symmetric ? -top : -top - 1.0f;
   const float code = round_even(v / step.s) + step.z;
   const float low = code > least ? code : least;  // a NaN becomes the least code
-  return int8_t(low < 127.0f ? low : 127.0f);
+  return int8_t(low < top ? low : top);
 }
 
 }  // namespace fewbit

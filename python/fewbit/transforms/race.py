@@ -24,6 +24,7 @@ from ..stats import Stats
 SIGMAS = 4.0  # one wrong exclusion in 30000 comparisons of normal errors
 FIRST = 48  # rows of the first round
 RANK = 64
+ROOM = 1 << 26  # elements of the errors that are held at once
 
 
 class Block(NamedTuple):
@@ -46,18 +47,26 @@ class Result(NamedTuple):
     exact: list[bool]
 
 
-def row_losses(weight: Tensor, s: Tensor, gram: Tensor, scheme: Scheme) -> Tensor:
-    """(Q(w s) / s - w) G (..)^T of each row of ``weight`` [rows, K], for ``s`` [K]: float64."""
-    dw = error_of(weight, s, scheme)
-    return ((dw @ gram) * dw).sum(1, dtype=torch.float64)
+def row_losses(weight: Tensor, scales: Tensor, gram: Tensor, scheme: Scheme) -> Tensor:
+    """(Q(w s) / s - w) G (..)^T of each row of ``weight`` [rows, K], for every row s of ``scales``
+    [candidates, K]: float64 [candidates, rows]."""
+    out = []
+    for some in scales.split(max(1, ROOM // max(weight.numel(), 1))):
+        for dw in errors_of(weight, some, scheme):
+            out.append(((dw @ gram) * dw).sum(1, dtype=torch.float64))
+    return torch.stack(out)
 
 
 def error_of(weight: Tensor, s: Tensor, scheme: Scheme) -> Tensor:
     """Q(W s) / s - W."""
-    q = ops.pseudo_quantize(
-        weight * s, scheme.bits, scheme.group_size, scheme.symmetric, scheme.scale_dtype
+    return errors_of(weight, s.float()[None], scheme)[0]
+
+
+def errors_of(weight: Tensor, scales: Tensor, scheme: Scheme) -> Tensor:
+    """``error_of`` for every row of ``scales``, in one pass over the weight."""
+    return ops.scaled_error(
+        weight, scales, scheme.bits, scheme.group_size, scheme.symmetric, scheme.scale_dtype
     )
-    return q.div_(s).sub_(weight)
 
 
 def full_loss(block: Block, s: Tensor, scheme: Scheme) -> float:
@@ -88,9 +97,9 @@ def race(candidates: list[Tensor], blocks: list[Block], scheme: Scheme) -> Resul
     order = torch.zeros(0, dtype=torch.int64)  # rows seen
     for picked in _rounds(blocks, rows):
         fresh = torch.full((len(candidates), len(picked)), math.nan, dtype=torch.float64)
-        for i in alive:
-            fresh[i] = _on_rows(picked, blocks, candidates[i], scheme)
-            if standins:
+        fresh[alive] = _on_rows(picked, blocks, [candidates[i] for i in alive], scheme)
+        if standins:
+            for i in alive:
                 fresh[i] -= standins[i][picked]
         order = torch.cat([order, picked])
         seen = torch.cat([seen, fresh], 1)
@@ -127,15 +136,19 @@ def _keep(
     return kept
 
 
-def _on_rows(picked: Tensor, blocks: list[Block], s: Tensor, scheme: Scheme) -> Tensor:
-    """Losses of the rows ``picked`` (numbered through all blocks), in that order."""
-    out, start = torch.zeros(len(picked), dtype=torch.float64), 0
+def _on_rows(
+    picked: Tensor, blocks: list[Block], candidates: list[Tensor], scheme: Scheme
+) -> Tensor:
+    """Losses [candidates, picked] of the rows ``picked`` (numbered through all blocks)."""
+    out, start = torch.zeros(len(candidates), len(picked), dtype=torch.float64), 0
+    scales = torch.stack(candidates).float()
     for block in blocks:
         weight, stats = block
         here = (picked >= start) & (picked < start + len(weight))
         if bool(here.any()):
             part = weight[(picked[here] - start).to(weight.device)]
-            out[here] = row_losses(part, s, block.gram, scheme).cpu() / max(stats.tokens, 1)
+            losses = row_losses(part, scales, block.gram, scheme).cpu()
+            out[:, here] = losses / max(stats.tokens, 1)
         start += len(weight)
     return out
 

@@ -1,0 +1,73 @@
+#include "fewbit/scaled_error.h"
+#include "groups.h"
+
+namespace fewbit::cuda {
+
+// A team of lanes has a group of weights and tries all scales on it; what the group's first access
+// brought stays in registers, so weights are read once.
+template <class T, int V>
+__global__ void scaled_error(ScaledError a) {
+  const int lanes = team_lanes(a.group_size, V);
+  const Team t = team_of(a.rows, a.columns, a.group_size, lanes);
+  const int64_t at = t.row * a.columns + t.start;
+  const T* w = static_cast<const T*>(a.w) + at;
+  const int64_t mine = int64_t(t.lane) * V, stride = int64_t(lanes) * V;
+  const Vector<T, V> first = mine < t.n ? load<V>(w + mine) : Vector<T, V>{};
+  // f(i, w, s) for this lane's accesses.
+  const auto each = [&](const float* s, const auto& f) {
+    for (int64_t i = mine; i < t.n; i += stride) {
+      const Vector<T, V> x = i == mine ? first : load<V>(w + i);
+      float by[V], v[V];
+#pragma unroll
+      for (int j = 0; j < V; j += V < 4 ? 1 : 4) {
+        const Vector < float, V<4 ? 1 : 4> part = load < V<4 ? 1 : 4>(s + i + j);
+#pragma unroll
+        for (int l = 0; l < (V < 4 ? 1 : 4); ++l) by[j + l] = part.v[l];
+      }
+#pragma unroll
+      for (int j = 0; j < V; ++j) v[j] = to_float(x.v[j]);
+      f(i, v, by);
+    }
+  };
+  for (int64_t c = 0; c < a.count; ++c) {
+    const float* s = a.scale + c * a.columns + t.start;
+    float lo = 0.0f, hi = 0.0f;
+    each(s, [&](int64_t, const float (&v)[V], const float (&by)[V]) {
+#pragma unroll
+      for (int j = 0; j < V; ++j) {
+        lo = Least()(lo, v[j] * by[j]);
+        hi = Most()(hi, v[j] * by[j]);
+      }
+    });
+    lo = reduce_lanes(lo, lanes, Least());
+    hi = reduce_lanes(hi, lanes, Most());
+    const Step g = make_step(lo, hi, a.grid);
+    T* error = static_cast<T*>(a.error) + c * a.rows * a.columns + at;
+    each(s, [&](int64_t i, const float (&v)[V], const float (&by)[V]) {
+      Vector<T, V> e;
+#pragma unroll
+      for (int j = 0; j < V; ++j)
+        from_float((code(v[j] * by[j], g) - g.z) * g.s / by[j] - v[j], &e.v[j]);
+      if (!t.repeats) store(error + i, e);
+    });
+  }
+}
+
+const char* launch(const ScaledError& a, Place place) {
+  if (a.rows == 0 || a.columns == 0 || a.count == 0) return nullptr;
+  return with_type(a.dtype, [&](auto* type) {
+    using T = element<decltype(type)>;
+    const auto run = [&](auto* kernel, int v) {
+      const unsigned blocks =
+          team_blocks(a.rows, a.columns, a.group_size, team_lanes(a.group_size, v));
+      return start(kernel, blocks, group_threads, 0, place, a);
+    };
+    constexpr int v = 16 / sizeof(T);
+    if (wide<T>(a.columns, a.group_size, a.w) && wide<T>(a.columns, a.group_size, a.error) &&
+        reinterpret_cast<uintptr_t>(a.scale) % 16 == 0)
+      return run(&scaled_error<T, v>, v);
+    return run(&scaled_error<T, 1>, 1);
+  });
+}
+
+}  // namespace fewbit::cuda
