@@ -4,6 +4,7 @@
 # PYTHON      the interpreter of a new environment (python3)
 # TORCH_SPEC  what to install when torch is not there yet (torch==2.13.0)
 # FEWBIT_CUDA which CUDA kernels to build: AUTO, OFF, ON, EMULATE (cpp/cuda/cuda.cmake)
+# FEWBIT_EXTRAS extras of the package, separated by commas (test)
 # FEWBIT_VENV another folder for the environment (.venv)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -24,5 +25,5 @@ install() { "$python" -m pip install -qq --disable-pip-version-check "$@"; }
 # torch first and alone, so that nothing else pulls in another build of it.
 "$python" -c 'import torch' 2>/dev/null || install "${TORCH_SPEC:-torch==2.13.0}"
 install 'scikit-build-core>=0.10' 'pybind11>=2.12' ninja 'cmake>=3.26'
-install --no-build-isolation "-Ccmake.define.FEWBIT_CUDA=${FEWBIT_CUDA:-AUTO}" '.[test]'
+install --no-build-isolation "-Ccmake.define.FEWBIT_CUDA=${FEWBIT_CUDA:-AUTO}" ".[${FEWBIT_EXTRAS:-test}]"
 echo "fewbit is installed in $venv" >&2

@@ -3,7 +3,8 @@
 # Arguments go to pytest: bash scripts/test.sh -k hadamard
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-FEWBIT_CUDA="${FEWBIT_CUDA:-EMULATE}" bash scripts/bootstrap.sh  # CUDA kernels on the CPU
+# CUDA kernels on the CPU, and nvcc, which compiles them for one card and needs none.
+FEWBIT_CUDA="${FEWBIT_CUDA:-EMULATE}" FEWBIT_EXTRAS=test,cuda bash scripts/bootstrap.sh
 venv="${FEWBIT_VENV:-.venv}"
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 # More threads than cores make OpenMP spin: leave the machine's number, but let waiting threads sleep.

@@ -5,6 +5,8 @@ import pytest
 import torch
 
 import cuda_sweep
+import gpu_check
+import gpu_times
 from fewbit import _C, ops
 
 CPU = torch.device("cpu")
@@ -48,3 +50,58 @@ def test_unverified_kernels_stay_off(emulate):
     emulate(80)
     ops.pseudo_quantize(w, 4, 32)
     assert _C.emulated_launches() == before + 1
+
+
+@emulated
+def test_a_launch_that_fails_names_op_and_shape(emulate):
+    emulate(75)
+    _C.refuse_cuda_launches(True)
+    try:
+        with pytest.raises(
+            RuntimeError,
+            match=r"^pseudo_quantize: the CUDA kernel for shape \[3, 8\] was not launched: refused",
+        ):
+            ops.pseudo_quantize(torch.randn(3, 8), 4, 8)
+    finally:
+        _C.refuse_cuda_launches(False)
+
+
+@emulated
+@pytest.mark.parametrize("op", gpu_times.OPS)
+def test_what_gpu_check_times_runs(emulate, op):
+    """Every case, small, with its peers as far as a CPU has them; a clock that only calls."""
+    emulate(75)
+    bench = gpu_times.Bench(CPU, small=True)
+    called = []
+
+    def clock(call, copies):
+        call(copies - 1)
+        called.append(call)
+        return 1.0
+
+    absent = {"torch.compile", "torch int4 (tinygemm)", "gemlite", "humming", "bitsandbytes nf4",
+              "fast-hadamard-transform", "torch._int_mm and scales", "torch._scaled_mm fp8",
+              "bitsandbytes LLM.int8()"}  # fmt: skip
+    before = _C.emulated_launches()
+    cases = list(bench.cases(op))
+    for case in cases:
+        case.refill()
+        case.peers = {name: make for name, make in case.peers.items() if name not in absent}
+    bench.cases = lambda _: iter(cases)
+    rates = dict.fromkeys(("copy", "fp16", "int8", "fp32"), 1e9)
+    rows = gpu_times.measure(bench, rates, (op,), clock)
+    assert rows and _C.emulated_launches() > before
+    assert all(not row["not_measured"] and row["of_limit"] > 0 for row in rows), rows
+    assert len(called) == sum(1 + len(row["times_faster_than"]) for row in rows)
+
+
+def test_a_record_verifies_what_was_right_and_only_that():
+    empty = {"verified": {}, "runs": []}
+    t4 = {"device": "Tesla T4", "architecture": 75}
+    after = gpu_check.updated(empty, 75, {"pack": [], "gptq": ["wrong"]}, t4)
+    assert after["verified"] == {"pack": [75]} and after["runs"] == [t4]
+    a100 = {"device": "A100", "architecture": 80}
+    after = gpu_check.updated(after, 80, {"pack": [], "gptq": []}, a100)
+    assert after["verified"] == {"gptq": [80], "pack": [75, 80]}
+    after = gpu_check.updated(after, 75, {"pack": ["wrong"]}, t4)  # a later run has the last word
+    assert after["verified"] == {"gptq": [80], "pack": [80]} and after["runs"] == [a100, t4]

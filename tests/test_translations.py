@@ -21,8 +21,8 @@ TRANSLATED = {
     "Methods": "29faf840e332b0e7",
     "Results": "8aaa1c10a7561923",
     "Models bigger than memory, and runs that stop": "ebefa987068602d0",
-    "How it is made": "d6d464860799138a",
-    "Limits, said plainly": "a16d3fb028b073c2",
+    "How it is made": "99b54d5e37c62018",
+    "Limits, said plainly": "08d29b0f93c25980",
 }
 
 
