@@ -5,12 +5,14 @@ import json
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 from fewbit import recipes
 from fewbit.calibrate import Windows
 from fewbit.checkpoint import load, save
 from fewbit.errors import CalibrationError, CheckpointError, UnsupportedError, UsageError
 from fewbit.families import describe
+from fewbit.integrations import hf
 from fewbit.linear import PackedLinear
 from fewbit.linearise import linearise
 from fewbit.online import ActivationQuant, clipped_grid, online_paths
@@ -201,9 +203,8 @@ def test_what_runs_beside_the_weights_is_saved_and_put_back(tmp_path, twin, meth
     model = tiny(twin)
     options = {} if method == "quarot" else {"steps": 1, "range_steps": 2}
     quantize_(model, method, scheme, WINDOWS, progress=False, **options)
-    for refused in (lambda: save(model, tmp_path / "out"), lambda: model.save_pretrained(tmp_path)):
-        with pytest.raises(UnsupportedError, match="more at run time"):
-            refused()
+    with pytest.raises(UnsupportedError, match="more at run time"):
+        save(model, tmp_path / "out")
     save(model, tmp_path / "out", "fewbit")
     again = load(tmp_path / "out")
     with torch.no_grad():
@@ -215,8 +216,56 @@ def test_what_runs_beside_the_weights_is_saved_and_put_back(tmp_path, twin, meth
         (second / "config.json").read_text())
     weights = "model.safetensors"
     assert (first / weights).read_bytes() == (second / weights).read_bytes()
-    with pytest.raises((KeyError, UnsupportedError), match="needs fewbit|load it with fewbit.load"):
-        transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
+@pytest.mark.parametrize("twin, method, scheme", [
+    ("opt", "quarot", "w4a4"), ("llama-gqa", "quarot", "w4a4kv4"), ("llama-gqa", "rtn", "w4a4"),
+])
+def test_transformers_puts_it_back_too(tmp_path, twin, method, scheme):
+    """from_pretrained and save_pretrained, of a live model and of one that came from a directory;
+    without fewbit the directory is refused."""
+    model, ids = tiny(twin), probe()
+    quantize_(model, method, scheme, WINDOWS, progress=False)
+    save(model, tmp_path / "saved", "fewbit")
+    model.save_pretrained(tmp_path / "live")
+    for folder in ("saved", "live"):
+        again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / folder)
+        with torch.no_grad():
+            assert torch.equal(again(ids).logits, model(ids).logits)
+        assert settings(again) == settings(model)
+    again.save_pretrained(tmp_path / "twice")
+    with torch.no_grad():
+        assert torch.equal(load(tmp_path / "twice")(ids).logits, model(ids).logits)
+        base = transformers.AutoModel.from_pretrained(tmp_path / "saved")
+        want = model.base_model(ids).last_hidden_state
+        assert torch.equal(base(ids).last_hidden_state, want)
+    restore_(model)
+    assert not hasattr(model.config, "fewbit_online")
+    if method == "quarot":
+        hf.unregister()
+        try:
+            with pytest.raises((KeyError, ImportError, ValueError), match="needs fewbit"):
+                transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+        finally:
+            hf.register()
+
+
+def test_replaced_norms_and_damaged_signs_are_refused(tmp_path):
+    model = tiny("opt")
+    quantize_(model, "quarot", "w4a4", WINDOWS, progress=False, keeps_mean=False)
+    with pytest.raises(UnsupportedError, match="is an RMSNorm where"):
+        model.save_pretrained(tmp_path / "a")
+    model = tiny("opt")
+    quantize_(model, "quarot", "w4a4", WINDOWS, progress=False)
+    save(model, tmp_path / "b", "fewbit")
+    tensors = load_file(tmp_path / "b/model.safetensors")
+    signs = next(name for name in tensors if name.endswith("signs"))
+    for damaged, why in ((tensors[signs][1:], "the model needs torch.int8"), (None, "is missing")):
+        tensors[signs] = damaged
+        kept = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+        save_file(kept, tmp_path / "b/model.safetensors", {"format": "pt"})
+        with pytest.raises(CheckpointError, match=why):
+            transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "b")
 
 
 def test_a_damaged_section_is_refused(tmp_path):

@@ -20,9 +20,9 @@ TRANSLATED = {
     "Ten lines": "998bb77358af64f7",
     "Methods": "29faf840e332b0e7",
     "Results": "8aaa1c10a7561923",
-    "Models bigger than memory, and runs that stop": "ebefa987068602d0",
+    "Models bigger than memory, and runs that stop": "ba1ed19881b98419",
     "How it is made": "99b54d5e37c62018",
-    "Limits, said plainly": "08d29b0f93c25980",
+    "Limits, said plainly": "245d82b7b0dd26b5",
 }
 
 

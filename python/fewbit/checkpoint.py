@@ -36,10 +36,9 @@ from .modules import build_linear, format_for, module_tensors
 from .pipeline import replace_module
 from .recipes import Recipe
 from .report import Report
-from .runtime import BESIDE, SECTION, hang, settings
+from .runtime import BESIDE, SECTION, hang, refuse_replaced_norms, settings
 from .shards import Shards, Writer, same_directory
 from .stored import find
-from .transforms.fold import RMSNorm
 from .transforms.rotate import plain_activation
 
 
@@ -83,12 +82,7 @@ def save(
     online = settings(model)
     if online and format != "fewbit":
         raise FormatLimitError(f"{next(iter(online))} {BESIDE}")
-    norms = [n for n, m in model.named_modules() if isinstance(m, RMSNorm)]
-    if norms:
-        raise FormatLimitError(
-            f"{norms[0]} is an RMSNorm where this architecture has a LayerNorm, so that a loaded "
-            "model would compute something else; rotate with keeps_mean=True to save"
-        )
+    refuse_replaced_norms(model)
     writer_format = format_for(writer_format, packed.values())
     schemes = {name: module.scheme for name, module in packed.items()}
     shapes = {name: (module.out_features, module.in_features) for name, module in packed.items()}

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from .errors import CheckpointError, FewbitError
+from .errors import CheckpointError, FewbitError, FormatLimitError
 from .hadamard import plan
+from .integrations import SECTION
 from .kv import attach_kv
 from .online import KV_SLOT, SLOTS, ActivationQuant, OnlineHadamard, attach, online_paths
 from .orthogonal import Rotation
+from .transforms.fold import RMSNorm
 
-SECTION = "fewbit_online"
 BESIDE = (
     "computes more at run time than its linears (an online rotation R3 or R4, activations or a KV "
     'cache on a grid), which only format="fewbit" can say'
@@ -53,6 +54,16 @@ def hang(model: nn.Module, section: dict) -> list[str]:
         message = f"{SECTION} of config.json does not fit the model: {reason}"
         raise CheckpointError(message) from error
     return wanted
+
+
+def refuse_replaced_norms(model: nn.Module) -> None:
+    """FormatLimitError for a norm that no config.json can ask for."""
+    for name, module in model.named_modules():
+        if isinstance(module, RMSNorm):
+            raise FormatLimitError(
+                f"{name} is an RMSNorm where this architecture has a LayerNorm, so that a loaded "
+                "model would compute something else; rotate with keeps_mean=True to save"
+            )
 
 
 def _hadamard(linear: nn.Module, width: int, signs: bool) -> OnlineHadamard:

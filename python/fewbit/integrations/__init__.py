@@ -11,6 +11,7 @@ import sys
 from importlib.abc import MetaPathFinder
 
 AWAITED = "transformers.quantizers.auto"
+SECTION = "fewbit_online"  # of config.json: what a model computes beside its weights (runtime.py)
 
 
 class _Hook(MetaPathFinder):
@@ -61,3 +62,5 @@ def detach(model) -> None:
     config = getattr(model, "config", None)
     if getattr(config, "quantization_config", None) is not None:
         del config.quantization_config
+    if config is not None:
+        config.__dict__.pop(SECTION, None)

@@ -21,9 +21,10 @@ from ..errors import CheckpointError, FormatLimitError, UnsupportedError
 from ..linear import PackedLinear
 from ..linearise import Experts, linearise_known
 from ..modules import build_linear, extras, format_for, module_tensors
-from ..runtime import BESIDE, SECTION, settings
+from ..runtime import SECTION, hang, refuse_replaced_norms, settings
 from ..shards import Shards
 from ..stored import Stored, find
+from ..transforms.rotate import marked_activations, plain_name
 
 METHODS = ("fewbit", "awq", "gptq", "compressed-tensors", "smooth_quant")
 FALLBACKS = ("compressed-tensors", "int-quantized", "llm-int8", "fewbit")
@@ -56,13 +57,23 @@ class FewbitQuantizer(HfQuantizer):
         self.plan = formats.parse(quantization_config.to_dict())
         self.places: dict[str, Stored] = {}
         self.shards: Shards | None = None
+        self.marks: dict[str, str] = {}
+
+    def update_attn_implementation(self, config):
+        """The one place that sees the config before the model is built.
+
+        Where plain loading was forbidden for what ``_hang`` puts back, the activation gets the name
+        that transformers knows.
+        """
+        self.marks = marked_activations(config) if getattr(config, SECTION, None) else {}
+        for name, value in self.marks.items():
+            setattr(config, name, plain_name(value))
+        return config
 
     def _process_model_before_weight_loading(self, model, checkpoint_files=None, **kwargs):
         if not checkpoint_files:
             raise CheckpointError("a quantised model is loaded from a directory, not a state_dict")
         self.shards = Shards(Path(checkpoint_files[0]).parent)
-        if beside := self.shards.config.get(SECTION):
-            raise FormatLimitError(f"{next(iter(beside))} {BESIDE}: load it with fewbit.load")
         linearise_known(model)
         modules = dict(model.named_modules())
         for name, stored in find(self.shards, self.plan).items():
@@ -80,12 +91,28 @@ class FewbitQuantizer(HfQuantizer):
         model._keys_to_ignore_on_load_unexpected = {
             *(model._keys_to_ignore_on_load_unexpected or ()),
             rf"(?:^|\.)(?:{known})\.",
+            r"\.online_hadamard\.signs$",
         }
 
     def _process_model_after_weight_loading(self, model, **kwargs):
         fill(model, self.shards, self.places)
+        self._hang(model)
+        for name, value in self.marks.items():
+            setattr(model.config, name, value)
         self.shards = None
         return model
+
+    def _hang(self, model) -> None:
+        """What runs beside the weights, under the names that the paths have in this model."""
+        modules = dict(model.named_modules())
+        for path, slots in self.shards.config.get(SECTION, {}).items():
+            place = _name_in_model(path, modules, model.base_model_prefix) or path
+            for name in hang(model, {place: slots}):
+                stored = path + name.removeprefix(place)
+                if stored not in self.shards:
+                    raise CheckpointError(f"{stored!r} is missing, which the model needs")
+                module, _, buffer = name.rpartition(".")
+                fill_buffer(model.get_submodule(module), buffer, self.shards.read(stored), stored)
 
     def get_state_dict_and_metadata(self, model):
         return stored_state(model, self.plan.format), {}
@@ -107,14 +134,17 @@ class LiveQuantizer(FewbitQuantizer):
         self.quantization_config = FewbitConfig(**(section or {"quant_method": "fewbit"}))
 
     def get_state_dict_and_metadata(self, model):
-        if beside := settings(model):
-            raise FormatLimitError(f"{next(iter(beside))} {BESIDE}: use fewbit.save")
         if any(isinstance(m, Experts) for m in model.modules()):
             raise FormatLimitError(
                 "save_pretrained renames experts and would lose quantised ones: use fewbit.save"
             )
+        refuse_replaced_norms(model)
         packed = {n: m for n, m in model.named_modules() if isinstance(m, PackedLinear)}
-        format = format_for(_fitting(packed, self.section), packed.values())
+        beside = settings(model)
+        format = formats.get("fewbit") if beside else _fitting(packed, self.section)
+        format = format_for(format, packed.values())
+        if beside:
+            setattr(model.config, SECTION, beside)
         linears = (n for n, m in model.named_modules() if isinstance(m, nn.Linear))
         section = format.config({n: m.scheme for n, m in packed.items()}, list(linears))
         model.config.quantization_config = self.quantization_config = FewbitConfig(**section)
@@ -158,6 +188,17 @@ def fill(model: nn.Module, shards: Shards, places: dict[str, Stored]) -> None:
         module = build_linear(places[place], shards, bias, model.get_submodule(place))
         module = module.to(_device(place, devices, model))
         _replace(model, place, module)
+
+
+def fill_buffer(module: nn.Module, name: str, tensor: Tensor, stored: str) -> None:
+    """One stored tensor into the empty buffer of the same shape and type."""
+    empty = getattr(module, name)
+    if tensor.shape != empty.shape or tensor.dtype != empty.dtype:
+        raise CheckpointError(
+            f"{stored} is {tensor.dtype} {list(tensor.shape)}, the model needs {empty.dtype} "
+            f"{list(empty.shape)}"
+        )
+    setattr(module, name, tensor.to(empty.device))
 
 
 def stored_state(model: nn.Module, format: formats.Format) -> dict[str, Tensor]:

@@ -184,13 +184,23 @@ def forbid_plain_loading(config: Any, why: str) -> None:
             setattr(config, name, f"{value} ({why}; needs fewbit)")
 
 
+def marked_activations(config: Any) -> dict[str, str]:
+    """The fields that carry the mark of ``forbid_plain_loading``, with their values."""
+    values = {name: getattr(config, name, None) for name in ACTIVATION_FIELDS}
+    return {n: v for n, v in values.items() if isinstance(v, str) and "needs fewbit" in v}
+
+
+def plain_name(marked: str) -> str:
+    """The name of the activation without the mark."""
+    return marked.partition(" (")[0]
+
+
 @contextmanager
 def plain_activation(config: Any) -> Iterator[None]:
     """The config without the mark of ``forbid_plain_loading``, inside the block."""
-    values = {name: getattr(config, name, None) for name in ACTIVATION_FIELDS}
-    marked = {n: v for n, v in values.items() if isinstance(v, str) and "needs fewbit" in v}
+    marked = marked_activations(config)
     for name, value in marked.items():
-        setattr(config, name, value.partition(" (")[0])
+        setattr(config, name, plain_name(value))
     try:
         yield
     finally:
