@@ -45,7 +45,7 @@ def test_v_times_its_transpose_is_the_damped_hessian(columns, ordered):
     gram = stats_of(inputs(2 * columns, columns)).gram
     order = torch.randperm(columns) if ordered else None
     factor = factorize(gram, 0.01, order)
-    v, h = factor.v.double(), gram.double() * 2.0**-factor.exponent
+    v, h = factor.v, gram.double() * 2.0**-factor.exponent
     h.diagonal().add_(0.01 * h.diagonal().mean())
     h = h if order is None else h[order][:, order]
     assert not bool(v.tril(-1).any())

@@ -121,7 +121,7 @@ def test_without_clipping_every_target_is_inside_its_grid():
     # Babai's bound: every term (V_kk (t_k - w'_k))^2 is at most (V_kk s / 2)^2.
     factor = factorize(stats_of(x).gram, solver.damp, torch.arange(95, -1, -1))
     d = (weight.double() - ops.dequantize(*codes, 32).double())[:, factor.order]
-    terms = (d @ factor.v.double()).square()
+    terms = (d @ factor.v).square()
     step = codes.scale.double()[:, factor.order // 32]
     assert bool((terms <= (factor.diagonal.double() * step / 2).square() * (1 + 1e-4)).all())
 

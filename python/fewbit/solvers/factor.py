@@ -52,8 +52,8 @@ class Factor:
 
     @property
     def v(self) -> Tensor:
-        """V itself, [K, K]."""
-        return self.c * self.diagonal
+        """V itself, float64 [K, K]."""
+        return self.c.to(torch.float64, copy=True).mul_(self.diagonal)
 
     def info(self) -> dict:
         """What the Report says about it."""

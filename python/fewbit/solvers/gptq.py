@@ -166,10 +166,10 @@ class GPTQ(Solver):
         if stats.cross is None:
             raise MissingCalibrationError(f"target {self.target} needs Stats.cross, got none")
         # float64 throughout: a shift of the weights is small, and inherits H's condition.
-        d, v = scaled(stats.cross, factor.exponent, torch.float64), factor.v.double()
-        w, order = weight.double(), factor.order
+        order, d, w = factor.order, stats.cross, weight.double()
         if order is not None:
             d, w = d[order[:, None], order], w[:, order]
+        d, v = scaled(d, factor.exponent, torch.float64), factor.v
 
         def over_vt(b: Tensor) -> Tensor:  # b V^-T
             return torch.linalg.solve_triangular(v.mT, b, upper=False, left=False)
