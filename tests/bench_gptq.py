@@ -134,7 +134,8 @@ def speed(size: int = 4096, repeats: int = 3) -> dict:
     def ours() -> Codes:
         return Codes(*ops.gptq(w, factorize(h, 0.01).c, 4, 128))
 
-    ops.gptq(w[:64, :256], factorize(h[:256, :256], 0.01).c, 4, 128)  # loads what is loaded once
+    part = h[:1280, :1280].contiguous()  # loads what is loaded once
+    ops.gptq(w[:64, :1280], factorize(part, 0.01).c, 4, 128)
     peak = peak_bytes(ours)
     default = lambda: GPTQ().solve(w, Scheme(), Stats(2 * size, w[0], w[0], h))  # noqa: E731
     times = {"factor": [], "solve": [], "eager": [], "solver's defaults": []}
@@ -162,19 +163,23 @@ def speed(size: int = 4096, repeats: int = 3) -> dict:
     return best
 
 
-def whole_model(name: str, model, data: calibrate.Windows, method: str) -> float:
-    """Seconds of all solves over seconds of the forward passes that calibrate them."""
-    inputs = calibrate.capture(model, describe(model), data)
-    start = time.perf_counter()
-    for layer in decoder_layers(model):
-        inputs = calibrate.run_layer(layer, inputs)
-    forward = time.perf_counter() - start
-    report = fewbit.quantize_(model, method, "w4a16g128", data, progress=False)
-    fewbit.restore_(model)
-    solve = sum(r.seconds for r in report.linears)
-    line = f"{name:20} {method:8} forward {forward:.2f} s, solves {solve:.2f} s"
-    print(f"{line}, ratio {solve / forward:.2f}", flush=True)
-    return solve / forward
+def whole_model(name: str, model, data: calibrate.Windows, method: str, repeats: int = 3) -> float:
+    """Seconds of all solves over seconds of the forward passes that calibrate them; the least of
+    each, in turn."""
+    forward, solves = [], []
+    for _ in range(repeats):
+        inputs = calibrate.capture(model, describe(model), data)
+        start = time.perf_counter()
+        for layer in decoder_layers(model):
+            inputs = calibrate.run_layer(layer, inputs)
+        forward.append(time.perf_counter() - start)
+        report = fewbit.quantize_(model, method, "w4a16g128", data, progress=False)
+        fewbit.restore_(model)
+        solves.append(sum(r.seconds for r in report.linears))
+    ratio = min(solves) / min(forward)
+    line = f"{name:20} {method:8} forward {min(forward):.2f} s, solves {min(solves):.2f} s"
+    print(f"{line}, ratio {ratio:.2f}", flush=True)
+    return ratio
 
 
 class FOEM(Solver):
@@ -245,7 +250,8 @@ def models(folders: list[Path]) -> list[tuple[str, bool]]:
         ratio = whole_model(name, model, data, "gptq")
         text = f"{name}: solves {ratio:.2f} of the calibration forward <= 0.5"
         found.append((text, ratio <= 0.5))
-        whole_model(name, model, data, "qronos")
+        if name != "hidden 2048":
+            whole_model(name, model, data, "qronos")  # what the bar would say of it
     return found
 
 

@@ -13,8 +13,8 @@ SETTINGS = dict(damp=0.01, order="columns", fit="range")  # as published
 
 @torch.no_grad()
 def independent(model, windows, packed, bits, group_size):
-    """{name: (codes, ||X (W' - W)^T||^2 / ||X W^T||^2)}: hooks on whole forward passes, one layer
-    after the other, all sums in float64.
+    """{name: (codes, ||X (W' - W)^T||^2 / ||X W^T||^2 of the rows that a Report looks at)}: hooks
+    on whole forward passes, one layer after the other, all sums in float64.
 
     A solved layer then runs as fewbit's ``packed`` modules of the same name: with a float matrix
     product of the same weights its output would differ in the last float32 bit, which moves a few
@@ -39,7 +39,9 @@ def independent(model, windows, packed, bits, group_size):
         for m, h in grams.items():
             damped = h + SETTINGS["damp"] * h.diagonal().mean() * torch.eye(len(h))
             codes = published.gptq(m.weight, damped, bits, group_size, False)
-            old, new = m.weight.double(), published.dequantized(*codes, group_size)
+            step = -(-m.out_features // ERROR_ROWS)
+            old = m.weight.double()[::step]
+            new = published.dequantized(*codes, group_size)[::step]
             error = (((new - old) @ h) * (new - old)).sum() / ((old @ h) * old).sum()
             results[names[m]] = codes, float(error)
             model.set_submodule(names[m], packed[names[m]])
@@ -63,5 +65,4 @@ def test_codes_and_losses_are_those_of_the_published_algorithm(shared, name, bit
         (q, scale, zero_point), error = want[record.name]
         dequantized = published.dequantized(q, scale, zero_point, group_size)
         assert torch.equal(packed[record.name].weight.double(), dequantized), record.name
-        if len(q) <= ERROR_ROWS:  # the Report looks at no more
-            assert abs(record.relative_error / error - 1) <= 1e-9, record.name
+        assert abs(record.relative_error / error - 1) <= 1e-9, record.name

@@ -8,7 +8,7 @@ solving order: one Cholesky factorisation of the reversed matrix, and no inverse
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +21,7 @@ from ..stats import sum_type
 
 RUNGS = ("damp", "damp x 10", "damp x 100", "damp x 1000", "floor", "rtn")
 ROWS = 64  # moved at a time: a factor needs little more memory than its own
+BLOCK, PIECE = 256, 256  # columns and rows of a piece of linear algebra
 
 
 @dataclass
@@ -135,14 +136,9 @@ def _floored(m: Tensor, least: float) -> Tensor:
 
 def _cholesky_(m: Tensor) -> bool:
     """Turn ``m``, the reversal of H, into V in place; False when it is not positive definite."""
-    columns = m.mT
-    info = torch.empty((), dtype=torch.int32, device=m.device)
-    with one_thread():
-        # In place: upper of the transposed view is lower of m, so that its reversal is V.
-        torch.linalg.cholesky_ex(columns, upper=True, out=(columns, info))
-    if int(info) != 0:
+    if not (_lower_(m) if m.device.type == "cpu" else _lower_at_once_(m)):
         return False
-    for rows in _halves(m.shape[0]):
+    for rows in _halves(m.shape[0]):  # the reversal of the lower factor is V
         upper, lower = m[rows], m[m.shape[0] - rows.stop : m.shape[0] - rows.start]
         swap = upper.flip(0, 1)
         upper.copy_(lower.flip(0, 1))
@@ -150,6 +146,41 @@ def _cholesky_(m: Tensor) -> bool:
     middle = m.shape[0] // 2
     if m.shape[0] % 2:
         m[middle] = m[middle].flip(0)
+    return True
+
+
+def _lower_at_once_(m: Tensor) -> bool:
+    columns, info = m.mT, torch.empty((), dtype=torch.int32, device=m.device)
+    torch.linalg.cholesky_ex(columns, upper=True, out=(columns, info))  # in place
+    return int(info) == 0
+
+
+def _lower_(m: Tensor) -> bool:
+    """The lower Cholesky factor in place of ``m``, BLOCK columns at a time, their rows in pieces:
+    LAPACK's own bits depend on the number of threads."""
+    size = m.shape[0]
+    with pieces_of_one_thread() as run:
+        for begin in range(0, size, BLOCK):
+            end = min(begin + BLOCK, size)
+            diagonal, panel = m[begin:end, begin:end], m[end:, begin:end]
+            factor, info = torch.linalg.cholesky_ex(diagonal)
+            if int(info) != 0:
+                return False
+            diagonal.copy_(factor)
+            if end == size:
+                break
+
+            def solve(rows: Tensor, factor: Tensor = factor) -> None:
+                rows.copy_(torch.linalg.solve_triangular(factor.mT, rows, upper=True, left=False))
+
+            def update(at: slice, panel: Tensor = panel, end: int = end) -> None:
+                stop = min(at.stop, size)
+                left, right = panel[at.start - end : stop - end], panel[: stop - end]
+                m[at.start : stop, end:stop].addmm_(left, right.mT, alpha=-1)
+
+            run(solve, panel.split(PIECE))
+            run(update, [slice(at, at + PIECE) for at in range(end, size, PIECE)])
+    m.tril_()
     return True
 
 
@@ -161,8 +192,8 @@ def _halves(size: int) -> Iterator[slice]:
 
 @contextmanager
 def one_thread() -> Iterator[int]:
-    """MKL and LAPACK cut their sums by the number of threads: one thread gives everybody the same
-    bits. Yields how many there were."""
+    """MKL cuts its sums by the number of threads: one thread gives everybody the same bits. Yields
+    how many there were."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -171,17 +202,22 @@ def one_thread() -> Iterator[int]:
         torch.set_num_threads(threads)
 
 
-def by_rows(function: Callable[[Tensor], Tensor], w: Tensor, rows: int = 256) -> Tensor:
-    """``function(w)`` for one that treats rows alone, in pieces of ``rows`` rows side by side, each
-    in one thread: linear algebra with the same bits on any number of threads."""
-    pieces = w.split(rows)
-    if w.device.type != "cpu" or len(pieces) < 2:
-        with one_thread():
-            return function(w)
-    one_each = {"initializer": torch.set_num_threads, "initargs": (1,)}
-    with one_thread() as threads, ThreadPoolExecutor(threads, **one_each) as pool:
-        results = [pool.submit(torch.no_grad()(function), piece) for piece in pieces]
-        try:
-            return torch.cat([result.result() for result in results])
-        finally:  # after Ctrl-C: what has not begun never will
-            pool.shutdown(cancel_futures=True)
+@contextmanager
+def pieces_of_one_thread() -> Iterator[Callable[[Callable, Sequence], list]]:
+    """A map over pieces of work that run side by side, each in one thread: the same bits on any
+    number of threads, where the pieces do not depend on it."""
+    with one_thread() as threads:
+        if threads == 1:
+            yield lambda function, pieces: [function(piece) for piece in pieces]
+            return
+        one_each = {"initializer": torch.set_num_threads, "initargs": (1,)}
+        with ThreadPoolExecutor(threads, **one_each) as pool:
+            yield lambda function, pieces: list(pool.map(torch.no_grad()(function), pieces))
+
+
+def by_rows(function: Callable[[Tensor], Tensor], w: Tensor) -> Tensor:
+    """``function(w)``, for one that treats the rows of ``w`` alone, in pieces of PIECE rows."""
+    if w.device.type != "cpu":
+        return function(w)
+    with pieces_of_one_thread() as run:
+        return torch.cat(run(function, w.split(PIECE)))
