@@ -1,11 +1,18 @@
-"""Other packages in the protocol of `fewbit bench accuracy`: perplexity, KL divergence, seconds.
+"""Other packages in the protocol of `fewbit bench accuracy`: perplexity, KL, seconds, memory.
 
     python tests/bench_peers.py [--models llama-tiny ..] [--schemes w4a16g128 ..] [--json FILE]
 
-Weights only, decoder linears only, asymmetric groups where a package has them. A package that is
-not installed is named and left out: pip install hqq torchao optimum-quanto auto-round bitsandbytes.
-Beside them fewbit's rtn, awq, gptq and awq+qronos in the same run. Results are kept in the JSON
-file after every cell; a cell that is there is not measured again.
+Decoder linears only; asymmetric groups for weights alone, symmetric rows and tokens where
+activations are quantised too, in so far as a package has them; otherwise each package's defaults,
+on the same calibration windows. Packages pin different versions of their dependencies, so each may
+need an environment of its own, with fewbit beside it:
+
+    pip install hqq torchao optimum-quanto bitsandbytes | auto-round | llmcompressor | gptqmodel
+        | neural-compressor-pt
+
+One that is not installed is named and left out, one that cannot do a scheme says why. Beside them
+fewbit's own methods. A cell that the JSON file holds is not measured again, so several environments
+fill one file; ``--table`` prints it as Markdown.
 """
 
 from __future__ import annotations
@@ -13,30 +20,62 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 import fewbit
 from conftest import SHARED
 from fewbit import calibrate, checkpoint, evaluate
+from fewbit.bench.accuracy import peak, reset_peak
 from fewbit.families import linear_names
 from fewbit.scheme import Scheme
 
 MODELS = ["llama-tiny", "llama-tiny-outliers", "opt-tiny", "opt-tiny-outliers"]
-SCHEMES = ["w4a16g128", "w3a16g128", "w2a16g64"]
+SCHEMES = ["w4a16g128", "w3a16g128", "w2a16g64", "w8a8", "w4a8", "w4a4"]
+WINDOW, WINDOWS, SAMPLES = 256, 64, 32
 
 
-def linears(model):
-    return [model.get_submodule(name) for name in linear_names(model)]
+Later = Callable[[], torch.nn.Module]  # what is scored, where it is not the model that was given
+
+
+class Cell(NamedTuple):
+    """What a peer gets."""
+
+    path: Path
+    model: torch.nn.Module
+    tokenizer: object
+    data: calibrate.Windows
+    scheme: Scheme
+
+    @property
+    def weight_only(self) -> bool:
+        return self.scheme.activation_bits == 16
+
+    def linears(self) -> dict[str, torch.nn.Linear]:
+        return {name: self.model.get_submodule(name) for name in linear_names(self.model)}
+
+    def need(self, possible: bool, what: str) -> None:
+        if not possible:
+            raise NotImplementedError(what)
+
+    def run(self, model: torch.nn.Module) -> None:
+        """The calibration windows through a model."""
+        for ids in self.data.batches:
+            model(input_ids=ids, use_cache=False)
 
 
 @torch.no_grad()
-def hqq(model, tokenizer, data, scheme):
+def hqq(cell: Cell) -> None:
     from hqq.core.quantize import Quantizer
 
-    for linear in linears(model):
+    cell.need(cell.weight_only, "weights only")
+    scheme = cell.scheme
+    for linear in cell.linears().values():
         q, meta = Quantizer.quantize(
             linear.weight.data, nbits=scheme.bits, group_size=scheme.group_size, axis=1,
             device="cpu", compute_dtype=torch.float32,
@@ -44,110 +83,335 @@ def hqq(model, tokenizer, data, scheme):
         linear.weight.copy_(Quantizer.dequantize(q, meta).reshape(linear.weight.shape))
 
 
-def torchao(model, tokenizer, data, scheme):
-    from torchao.quantization import IntxWeightOnlyConfig, quantize_
-    from torchao.quantization.granularity import PerGroup
+def _torchao_config(scheme: Scheme):
+    from torchao import quantization as ao
+    from torchao.quantization.granularity import PerAxis, PerGroup
 
-    config = IntxWeightOnlyConfig(
-        weight_dtype=getattr(torch, f"int{scheme.bits}"), granularity=PerGroup(scheme.group_size)
-    )
-    inside = set(linears(model))
-    quantize_(model, config, filter_fn=lambda module, name: module in inside)
-
-
-def quanto(model, tokenizer, data, scheme):
-    from optimum.quanto import freeze, qint2, qint4, quantize
-
-    if scheme.bits not in (2, 4):
-        raise NotImplementedError("2 and 4 bits only")
-    include = list(linear_names(model))
-    quantize(model, weights={2: qint2, 4: qint4}[scheme.bits], include=include)
-    freeze(model)
+    dtype = getattr(torch, f"int{scheme.bits}")
+    if scheme.activation_bits == 16:
+        group = PerGroup(scheme.group_size)
+        return ao.IntxWeightOnlyConfig(dtype, group, mapping_type=ao.MappingType.ASYMMETRIC)
+    if scheme.bits == 8:
+        return ao.Int8DynamicActivationInt8WeightConfig()
+    return ao.Int8DynamicActivationIntxWeightConfig(dtype, PerAxis(0))
 
 
 @torch.no_grad()
-def bitsandbytes(model, tokenizer, data, scheme):
-    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+def torchao(cell: Cell) -> None:
+    from torchao.quantization import quantize_
 
-    if scheme.bits != 4:
-        raise NotImplementedError("4 bits only (NF4, blocks of 128, float scales)")
-    for linear in linears(model):
-        q, state = quantize_4bit(linear.weight.data, blocksize=128, quant_type="nf4")
-        linear.weight.copy_(dequantize_4bit(q, state))
+    cell.need(cell.scheme.activation_bits >= 8, "8-bit activations at least")
+    inside = set(cell.linears().values())
+    quantize_(cell.model, _torchao_config(cell.scheme), lambda module, name: module in inside)
 
 
-def auto_round(model, tokenizer, data, scheme):
+@torch.no_grad()
+def torchao_smoothquant(cell: Cell) -> None:
+    from torchao.prototype.smoothquant import SmoothQuantConfig, SmoothQuantObservedLinear
+    from torchao.quantization import quantize_
+
+    cell.need((cell.scheme.bits, cell.scheme.activation_bits) == (8, 8), "w8a8 only")
+    inside, base = set(cell.linears().values()), _torchao_config(cell.scheme)
+    quantize_(
+        cell.model, SmoothQuantConfig(base, "prepare"), lambda module, name: module in inside
+    )
+    cell.run(cell.model)
+    quantize_(
+        cell.model, SmoothQuantConfig(base, "convert"),
+        lambda module, name: isinstance(module, SmoothQuantObservedLinear),
+    )
+
+
+def quanto(cell: Cell) -> None:
+    from optimum.quanto import Calibration, freeze, qint2, qint4, qint8, quantize
+
+    scheme = cell.scheme
+    weights = {2: qint2, 4: qint4, 8: qint8}.get(scheme.bits)
+    cell.need(weights is not None, "2, 4 and 8 bits only")
+    cell.need(scheme.activation_bits >= 8, "8-bit activations at least")
+    activations = None if cell.weight_only else qint8
+    quantize(cell.model, weights=weights, activations=activations, include=list(cell.linears()))
+    if activations is not None:  # one static scale a tensor: it has no dynamic ones
+        with torch.no_grad(), Calibration():
+            cell.run(cell.model)
+    freeze(cell.model)
+
+
+@torch.no_grad()
+def bitsandbytes(cell: Cell) -> None:
+    import bitsandbytes as bnb
+
+    scheme = cell.scheme
+    if (scheme.bits, scheme.activation_bits) == (8, 8):
+        for name, linear in cell.linears().items():
+            bias = linear.bias is not None
+            new = bnb.nn.Linear8bitLt(
+                linear.in_features, linear.out_features, bias, has_fp16_weights=False, threshold=6.0
+            )
+            new.load_state_dict(linear.state_dict())
+            parent, _, child = name.rpartition(".")
+            setattr(cell.model.get_submodule(parent), child, new.to("cpu"))
+        cell.model(input_ids=cell.data.batches[0])  # quantises on the first call
+        return
+    cell.need(scheme.bits == 4 and cell.weight_only, "NF4 (blocks of 128) and LLM.int8() only")
+    for linear in cell.linears().values():
+        q, state = bnb.functional.quantize_4bit(linear.weight.data, blocksize=128, quant_type="nf4")
+        linear.weight.copy_(bnb.functional.dequantize_4bit(q, state))
+
+
+def auto_round(cell: Cell) -> None:
     from auto_round import AutoRound
 
-    rounder = AutoRound(
-        model, tokenizer, bits=scheme.bits, group_size=scheme.group_size, sym=False,
-        dataset=[{"input_ids": ids} for ids in data.batches], seqlen=data.batches[0].shape[1],
-        nsamples=len(data.batches), batch_size=8, device_map="cpu", amp=False,
+    scheme, activations = cell.scheme, {}
+    if not cell.weight_only:
+        activations = dict(
+            act_bits=scheme.activation_bits, act_group_size=-1, act_dynamic=True, act_sym=True,
+            act_data_type="int",
+        )
+    AutoRound(
+        cell.model, cell.tokenizer, bits=scheme.bits, group_size=scheme.group_size,
+        sym=scheme.symmetric, dataset=[{"input_ids": ids} for ids in cell.data.batches],
+        seqlen=WINDOW, nsamples=len(cell.data.batches), batch_size=8, device_map="cpu", amp=False,
+        **activations,
+    ).quantize()
+
+
+def _llm_compressor(cell: Cell, modifiers) -> None:
+    """``modifiers(config)`` of llm-compressor, run on the calibration windows."""
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+    from llmcompressor import oneshot
+
+    scheme = cell.scheme
+    group = scheme.group_size
+    weights = QuantizationArgs(
+        num_bits=scheme.bits, symmetric=scheme.symmetric,
+        strategy="channel" if group == -1 else "group", group_size=None if group == -1 else group,
     )
-    rounder.quantize()
+    inputs = None if cell.weight_only else QuantizationArgs(
+        num_bits=scheme.activation_bits, symmetric=True, strategy="token", dynamic=True
+    )
+    groups = {"all": QuantizationScheme(
+        targets=["Linear"], weights=weights, input_activations=inputs
+    )}  # fmt: skip
+    rows = [{"input_ids": ids[0], "attention_mask": ids[0] * 0 + 1} for ids in cell.data.batches]
+    oneshot(
+        model=cell.model, tokenizer=cell.tokenizer, dataset=torch.utils.data.DataLoader(rows),
+        recipe=modifiers(dict(config_groups=groups, ignore=["lm_head"])),
+        num_calibration_samples=len(rows), max_seq_length=WINDOW,
+    )
 
 
-PEERS = {
-    "hqq": hqq, "torchao": torchao, "optimum.quanto": quanto, "bitsandbytes": bitsandbytes,
-    "auto_round": auto_round,
+def llm_compressor_gptq(cell: Cell) -> None:
+    from llmcompressor.modifiers.gptq import GPTQModifier
+
+    cell.need(cell.weight_only, "its recipes smooth or rotate first")
+    _llm_compressor(cell, lambda config: [GPTQModifier(**config)])
+
+
+def llm_compressor_awq(cell: Cell) -> None:
+    from llmcompressor.modifiers.quantization import QuantizationModifier
+    from llmcompressor.modifiers.transform.awq import AWQModifier
+
+    cell.need(cell.weight_only, "weights only")
+    _llm_compressor(cell, lambda config: [AWQModifier(), QuantizationModifier(**config)])
+
+
+def llm_compressor_smoothquant(cell: Cell) -> None:
+    from llmcompressor.modifiers.gptq import GPTQModifier
+    from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
+
+    cell.need(not cell.weight_only, "for quantised activations")
+    _llm_compressor(
+        cell, lambda config: [SmoothQuantModifier(smoothing_strength=0.5), GPTQModifier(**config)]
+    )
+
+
+def llm_compressor_rotated(cell: Cell) -> None:
+    from llmcompressor.modifiers.gptq import GPTQModifier
+    from llmcompressor.modifiers.transform.spinquant import SpinQuantModifier
+
+    _llm_compressor(cell, lambda config: [
+        SpinQuantModifier(rotations=["R1", "R2", "R4"]), GPTQModifier(**config)
+    ])  # fmt: skip
+
+
+def gptqmodel_gptq(cell: Cell, **options) -> Later:
+    from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
+
+    cell.need(cell.weight_only, "weights only")
+    scheme = cell.scheme
+    config = QuantizeConfig(
+        bits=scheme.bits, group_size=scheme.group_size, sym=scheme.symmetric, **options
+    )
+    peer = GPTQModel.load(str(cell.path), config, device="cpu", dtype=torch.float32)
+    rows = [{"input_ids": ids, "attention_mask": ids * 0 + 1} for ids in cell.data.batches]
+    peer.quantize(rows, tokenizer=cell.tokenizer, batch_size=8, backend=BACKEND.GPTQ_TORCH)
+
+    def stored() -> torch.nn.Module:  # no kernel of its own runs every width in float32
+        with tempfile.TemporaryDirectory() as folder:
+            peer.save(folder)
+            return fewbit.load(folder)
+
+    return stored
+
+
+def gptqmodel_gptaq(cell: Cell) -> Later:
+    from gptqmodel.quantization.config import GPTAQConfig
+
+    return gptqmodel_gptq(cell, gptaq=GPTAQConfig())
+
+
+def _neural_compressor(cell: Cell, name: str, **arguments) -> Later:
+    from neural_compressor.torch import quantization
+
+    cell.need(cell.weight_only, "without its extension for one vendor's CPUs, weights only")
+    make, scheme = getattr(quantization, name), cell.scheme
+    config = make(
+        bits=scheme.bits, use_sym=scheme.symmetric, group_size=scheme.group_size, **arguments
+    )
+    config.set_local("lm_head", make(dtype="fp32"))
+    model = quantization.prepare(cell.model, config, example_inputs=cell.data.batches[0])
+    cell.run(model)
+    model = quantization.convert(model)
+    return lambda: model
+
+
+def neural_compressor_gptq(cell: Cell) -> Later:
+    return _neural_compressor(cell, "GPTQConfig")
+
+
+def neural_compressor_awq(cell: Cell) -> Later:
+    return _neural_compressor(cell, "AWQConfig")
+
+
+PEERS = {  # label: (package, what it does)
+    "torchao": ("torchao", torchao),
+    "torchao smoothquant": ("torchao", torchao_smoothquant),
+    "optimum-quanto": ("optimum.quanto", quanto),
+    "bitsandbytes": ("bitsandbytes", bitsandbytes),
+    "hqq": ("hqq", hqq),
+    "auto-round": ("auto_round", auto_round),
+    "llm-compressor gptq": ("llmcompressor", llm_compressor_gptq),
+    "llm-compressor awq": ("llmcompressor", llm_compressor_awq),
+    "llm-compressor smoothquant+gptq": ("llmcompressor", llm_compressor_smoothquant),
+    "llm-compressor quarot+gptq": ("llmcompressor", llm_compressor_rotated),
+    "gptqmodel gptq": ("gptqmodel", gptqmodel_gptq),
+    "gptqmodel gptaq": ("gptqmodel", gptqmodel_gptaq),
+    "neural-compressor gptq": ("neural_compressor", neural_compressor_gptq),
+    "neural-compressor awq": ("neural_compressor", neural_compressor_awq),
 }
-OURS = ("rtn", "awq", "gptq", "awq+qronos")
+OURS = {  # by whether activations are quantised: label: the arguments of quantize_
+    False: ("rtn", "awq", "gptq", "qronos", "quarot+qronos"),
+    True: ("rtn", "smoothquant", "smoothquant+gptq", "quarot+gptq", "quarot+qronos"),
+}
 
 
-def installed(name: str) -> bool:
+def installed(package: str) -> bool:
     try:
-        return importlib.util.find_spec(name) is not None
+        return importlib.util.find_spec(package) is not None
     except ModuleNotFoundError:
         return False
+
+
+def measure(path: Path, scheme: str, label: str, bench: Bench) -> dict:
+    model, parsed = checkpoint.load_float(path), Scheme.parse(scheme)
+    cell = Cell(path, model, bench.tokenizer, bench.data, parsed)
+    before, started = reset_peak(), time.monotonic()
+    if label in PEERS:
+        try:
+            later = PEERS[label][1](cell)
+        except NotImplementedError as reason:
+            return {"refused": str(reason)}
+        except Exception as error:  # of a package that is not ours: the table goes on
+            return {"failed": f"{type(error).__name__}: {error}".splitlines()[0][:300]}
+    else:
+        later = None
+        fewbit.quantize_(
+            model, label.removeprefix("fewbit "), scheme, bench.data, progress=False,
+            keep_float=False,
+        )
+    seconds, memory = time.monotonic() - started, peak() - before
+    score = evaluate.compare(
+        later() if later else model, bench.test, bench.reference, batch=8
+    )
+    return {
+        "perplexity": score.perplexity, "kl": score.kl, "seconds": seconds,
+        "extra_peak_bytes": memory,
+    }
+
+
+class Bench:
+    """One model's texts and the float model's predictions."""
+
+    def __init__(self, path: Path) -> None:
+        self.tokenizer = checkpoint.load_tokenizer(path)
+        test, calibration = (
+            calibrate.tokenize(calibrate.read_text(SHARED / "data" / name), self.tokenizer)
+            for name in ("books_test.txt", "books_calibration.txt")
+        )
+        self.test = calibrate.cut(test, WINDOW, WINDOWS, "books_test.txt")
+        self.data = calibrate.cut(calibration, WINDOW, SAMPLES, "books_calibration.txt")
+        self.reference = evaluate.log_probabilities(checkpoint.load_float(path), self.test, batch=8)
+
+
+def table(results: dict) -> str:
+    """Markdown: a row a method, a column a model, a block a scheme; the best of each in bold."""
+    models = list(dict.fromkeys(key.split()[0] for key in results))
+    lines = []
+    for scheme in dict.fromkeys(key.split()[1] for key in results):
+        found = {
+            tuple(key.split(maxsplit=2)[::2]): value for key, value in results.items()
+            if key.split()[1] == scheme
+        }
+        lines += ["", f"| {scheme} | " + " | ".join(models) + " |", "|---|" + "---|" * len(models)]
+        best = {
+            m: min(v["perplexity"] for k, v in found.items() if k[0] == m and "perplexity" in v)
+            for m in models if any(k[0] == m for k in found)
+        }
+        for label in dict.fromkeys(key[1] for key in found):
+            cells = [found.get((m, label), {}) for m in models]
+            if not any("perplexity" in c for c in cells):
+                continue
+            lines.append(f"| {label} | " + " | ".join(
+                _shown(c, best.get(m)) for m, c in zip(models, cells, strict=True)
+            ) + " |")  # fmt: skip
+    return "\n".join(lines[1:])
+
+
+def _shown(cell: dict, best: float | None) -> str:
+    if "perplexity" not in cell:
+        return ""
+    value = f"{cell['perplexity']:.2f}"
+    value = f"**{value}**" if cell["perplexity"] == best else value
+    return f"{value}, {cell['seconds']:.1f} s, {cell['extra_peak_bytes'] / 2**20:.0f} MiB"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", default=MODELS)
-    parser.add_argument("--schemes", nargs="+", default=SCHEMES)
-    parser.add_argument("--peers", nargs="+", default=list(PEERS), choices=list(PEERS))
+    parser.add_argument("--schemes", nargs="+", default=SCHEMES, choices=SCHEMES)
+    parser.add_argument("--peers", nargs="*", default=list(PEERS), choices=list(PEERS))
     parser.add_argument("--json", type=Path, default=Path("peers.json"))
+    parser.add_argument("--table", action="store_true", help="print what the JSON file holds")
     arguments = parser.parse_args()
-    peers = [name for name in arguments.peers if installed(name)]
-    for name in set(arguments.peers) - set(peers):
-        print(f"{name}: not installed")
     results = json.loads(arguments.json.read_text()) if arguments.json.exists() else {}
-    for name in arguments.models:
-        path = SHARED / "models" / name
-        tokenizer = checkpoint.load_tokenizer(path)
-        ids = {
-            part: calibrate.tokenize(
-                calibrate.read_text(SHARED / "data" / f"books_{part}.txt"), tokenizer
-            )
-            for part in ("test", "calibration")
-        }
-        test = calibrate.cut(ids["test"], 256, 64, "books_test.txt")
-        data = calibrate.cut(ids["calibration"], 256, 32, "books_calibration.txt")
-        reference = None
+    if arguments.table:
+        print(table(results))
+        return
+    peers = [name for name in arguments.peers if installed(PEERS[name][0])]
+    for name in arguments.peers:
+        if name not in peers:
+            print(f"{name}: not installed")
+    for model in arguments.models:
+        path, bench = SHARED / "models" / model, None
         for scheme in arguments.schemes:
-            for label in (*OURS, *peers):
-                key = f"{name} {scheme} {label}"
+            ours = OURS[Scheme.parse(scheme).activation_bits < 16]
+            for label in (*(f"fewbit {name}" for name in ours), *peers):
+                key = f"{model} {scheme} {label}"
                 if key in results:
                     continue
-                model = checkpoint.load_float(path)
-                if reference is None:
-                    reference = evaluate.log_probabilities(model, test, batch=8)
-                started = time.monotonic()
-                try:
-                    if label in PEERS:
-                        PEERS[label](model, tokenizer, data, Scheme.parse(scheme))
-                    else:
-                        fewbit.quantize_(
-                            model, label, scheme, data, progress=False, keep_float=False
-                        )
-                except NotImplementedError as reason:
-                    results[key] = {"refused": str(reason)}
-                else:
-                    seconds = time.monotonic() - started
-                    score = evaluate.compare(model, test, reference, batch=8)
-                    results[key] = {
-                        "perplexity": score.perplexity, "kl": score.kl, "seconds": seconds
-                    }
+                bench = bench or Bench(path)
+                results[key] = measure(path, scheme, label, bench)
                 arguments.json.write_text(json.dumps(results, indent=1) + "\n")
                 print(key, results[key], flush=True)
 

@@ -80,6 +80,29 @@ def test_sizes_are_those_of_packed_linears(rows, columns, group_size, bits):
     assert packed.nbytes() == auto.size_of((rows, columns), scheme)
 
 
+@pytest.mark.parametrize("scheme", ["w4a16g64", "w8a8", "w4a4", "w4a4kv4"])
+def test_candidates_can_do_their_scheme(scheme):
+    """Each is a stack of one width that quantises what the scheme says."""
+    scheme = Scheme.parse(scheme)
+    found = auto.candidates(scheme)
+    assert len({r.name for r in found}) == len(found) >= 2
+    for recipe in found:
+        assert recipe.scheme == scheme and not recipe.schemes
+        quantized = recipe.integer or recipe.quantizes_activations
+        assert quantized == (scheme.activation_bits < 16 or scheme.kv_bits < 16)
+        assert recipe.quantizes_activations or scheme.kv_bits == 16
+
+
+def test_auto_and_then_tune():
+    """What is learned comes after the choice, on all windows; the choice sees WINDOWS of them."""
+    model, data = tiny("llama-tied-64"), Windows(list(probe(4, 24).split(1)))
+    report = fewbit.quantize_(
+        model, "auto+tune", "w3a16g64", data, progress=False, epochs=1, batch=2
+    )
+    assert report.recipe["name"].startswith("auto: ") and report.recipe["schemes"]
+    assert report.recipe["tune"]["epochs"] == 1 and report.tune["steps"] == 2
+
+
 def test_auto_keeps_to_its_size():
     model, data = tiny("llama-tied-64"), Windows(list(probe(4, 24).split(1)))
     before = {k: v.clone() for k, v in model.state_dict().items()}

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import fewbit
-from fewbit import calibrate, tune
+from fewbit import calibrate, pipeline, tune
 from fewbit.errors import CalibrationError, UsageError
 from fewbit.families import decoder_layers, describe, linear_names
 from fewbit.scheme import Scheme
@@ -98,6 +98,20 @@ def test_in_a_stack_with_undo_and_on_disk(tmp_path):
     assert torch.allclose(fewbit.load(tmp_path / "out")(probe()).logits, logits[1], atol=1e-5)
     fewbit.restore_(model)
     assert torch.equal(model(probe()).logits, float_logits)
+
+
+def test_solvers_see_fewer_windows(monkeypatch):
+    """At even distances; what is learned comes from all of them."""
+    seen = []
+    run = pipeline.run
+    monkeypatch.setattr(pipeline, "run", lambda *a: seen.append(a[2]) or run(*a))
+    windows = data(6)
+    report = fewbit.quantize_(
+        tiny("llama-gqa"), "gptq+tune", "w3a16g8", windows, progress=False, solved=3, epochs=1,
+        batch=1,
+    )  # fmt: skip
+    assert [id(b) for b in seen[0].batches] == [id(windows.batches[i]) for i in (0, 2, 4)]
+    assert report.tune["steps"] == 5 and windows.thinned(6) is windows
 
 
 def test_wrong_use():

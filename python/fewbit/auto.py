@@ -6,7 +6,8 @@
    channels), G the Gram matrix of the inputs and dw_o the error that GPTQ leaves in row o.
 2. A knapsack gives each linear the width with which the sum of costs is least within the size.
 3. The candidates, single widths and mixed ones, are quantised on three quarters of the calibration
-   windows and compared by their KL divergence on the last quarter; the least one wins.
+   windows (of WINDOWS at even distances, where there are more) and compared by their KL divergence
+   on the last quarter; the least one wins, and then runs on all windows.
 """
 
 from __future__ import annotations
@@ -29,10 +30,7 @@ from .recipes import Recipe, build
 from .scheme import FLOAT_BITS, Scheme
 from .solvers.gptq import GPTQ
 
-STACKS = {  # by whether activations are quantised
-    False: ("qronos", "awq+qronos", "quarot+qronos"),
-    True: ("smoothquant+qronos", "quarot+qronos"),
-}
+WINDOWS = 64  # of the calibration, that the choice is made on
 ROWS = 512  # of a linear, whose errors stand for all
 BUCKETS = 20000  # of the knapsack's size axis
 
@@ -44,7 +42,7 @@ def choose(
     trial: Callable[[Recipe, Windows], AbstractContextManager],
 ) -> Recipe:
     """The recipe that ``quantize_`` runs in place of ``recipe``, whose solver is Auto; ``model`` is
-    left as it was.
+    left as it was. What ``recipe`` learns afterwards (tune) goes with it.
 
     All candidates have the group size, grid and activations of the recipe's scheme; its width is
     the single one. A quality ``kl`` is met as predicted, corrected by what the single width was
@@ -58,6 +56,7 @@ def choose(
         raise ShortTextError(
             f"auto needs at least 4 calibration windows to hold one back, got {len(data.batches)}"
         )
+    data = data.thinned(WINDOWS)
     cut = len(data.batches) * 3 // 4
     seen = Windows(data.batches[:cut], data.masks[:cut], data.source)
     unseen = Windows(data.batches[cut:], data.masks[cut:], data.source)
@@ -74,8 +73,7 @@ def choose(
         with trial(recipe, seen):
             return compare(model, unseen, reference).kl
 
-    stacks = [build(name, scheme) for name in STACKS[scheme.activation_bits < FLOAT_BITS]]
-    found = [(measured(recipe), recipe) for recipe in stacks]
+    found = [(measured(recipe), recipe) for recipe in candidates(scheme)]
     least, best = min(found, key=lambda pair: pair[0])
     single = [widths.index(scheme.bits)] * len(names) if scheme.bits in widths else None
     if kl is not None:
@@ -91,9 +89,23 @@ def choose(
             found.clear()
         chosen = knapsack(sizes, costs, budget)
     mixed = {n: replace(scheme, bits=widths[i]) for n, i in zip(names, chosen, strict=True)}
-    recipe = replace(best, name=f"auto: {best.name}", schemes=mixed)
-    found.append((measured(recipe), recipe))
-    return min(found, key=lambda pair: pair[0])[1]
+    several = replace(best, name=f"auto: {best.name}", schemes=mixed)
+    found.append((measured(several), several))
+    return replace(min(found, key=lambda pair: pair[0])[1], tune=recipe.tune)
+
+
+def candidates(scheme: Scheme) -> list[Recipe]:
+    """The stacks of one width that are worth a trial, by what the scheme quantises."""
+    if scheme.activation_bits == FLOAT_BITS:
+        return [build(name, scheme) for name in ("qronos", "awq+qronos", "quarot+qronos")]
+    fitted = {"fit_activations": True}
+    rotated = [
+        build("quarot+qronos", scheme, **fitted),
+        build("smoothquant+quarot+qronos", scheme, **fitted),
+    ]
+    # Nothing else quantises the KV cache; few bits do not survive outliers that are only smoothed.
+    plain = scheme.kv_bits == FLOAT_BITS and scheme.activation_bits == 8
+    return [build("smoothquant+qronos", scheme), *rotated] if plain else rotated
 
 
 def size_of(shape: tuple[int, int], scheme: Scheme) -> int:

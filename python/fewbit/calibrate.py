@@ -57,6 +57,14 @@ class Windows:
         pairs = list(zip(self.batches, self.masks, strict=True))[:index]
         return sum(int(b.numel() if m is None else m.sum()) for b, m in pairs)
 
+    def thinned(self, most: int) -> Windows:
+        """At most that many of the windows, at even distances."""
+        count = len(self.batches)
+        if count <= most:
+            return self
+        at = [i * count // most for i in range(most)]
+        return Windows([self.batches[i] for i in at], [self.masks[i] for i in at], self.source)
+
     def digest(self) -> str:
         """SHA-256 of the token ids, to name the input exactly."""
         h = hashlib.sha256()

@@ -89,7 +89,8 @@ def quantize_(
     model.eval()
     try:
         with Progress(len(decoder_layers(model, family)), progress, callback) as shown:
-            run(Source(model, family), recipe, data, report, shown)
+            seen = data if teacher is None else data.thinned(recipe.tune.solved)
+            run(Source(model, family), recipe, seen, report, shown)
         if teacher is not None:
             report.tune = tune_(model, teacher, family, data, recipe.tune)
     except BaseException:
@@ -189,7 +190,7 @@ def _layer(
         keep = not recipe.sequential
         context.stats, outputs = collect(layer, family, inputs, name, floats=floats, keep=keep)
     for transform in recipe.transforms:
-        if transform.needs_stats:
+        if transform.needs_stats and not transform.last:
             transform.layer(layer, context)
     if probe is not None:
         probe.after(layer, name, index)
@@ -235,8 +236,7 @@ def _steps(family: Family, recipe: Recipe) -> list[tuple[str, ...]]:
     """The linears of a layer in the order they are solved; statistics are new for every step."""
     if not recipe.true_sequential:
         return [family.linears()]
-    paths = (paths for sub in family.sublayers for paths in (sub.reads, (sub.writes,)))
-    return list(dict.fromkeys(paths))
+    return family.inputs()
 
 
 def _shares(
@@ -247,8 +247,7 @@ def _shares(
     Linears that read the same input stay together, for what a solver makes of their common
     statistics. One process shares after each, so that its float weight can go.
     """
-    groups = [g for sub in family.sublayers for g in (sub.reads, (sub.writes,))]
-    number = {path: i for i, group in enumerate(groups) for path in group}
+    number = {path: i for i, group in enumerate(family.inputs()) for path in group}
     owned = [(path, ranks.owner(number[path])) for path in paths]
     return [owned] if ranks.size > 1 else [[pair] for pair in owned]
 

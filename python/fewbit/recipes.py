@@ -178,7 +178,7 @@ def auto(
     widths: tuple[int, ...] = WIDTHS,
 ) -> Recipe:
     """Mixed widths and the stack that suits (auto.choose), within the size of ``scheme`` or of
-    ``bits`` a weight, or to a quality ``kl``; it stands alone, in no stack."""
+    ``bits`` a weight, or to a quality ``kl``; it stands in no stack, but "auto+tune"."""
     return Recipe("auto", Scheme.parse(scheme), solver=Auto(bits, kl, widths))
 
 
@@ -188,14 +188,18 @@ def quarot(
     seed: int = 0,
     keeps_mean: bool = True,
     online: bool | None = None,
+    fit_activations: bool = False,
 ) -> Recipe:
     """Rotations (S. Ashkboos et al., QuaRot, 2024), then rounding; "quarot+gptq" for GPTQ.
 
     R1 and R2 are fused. ``online`` transforms, R4 and (for KV bits) R3, serve quantised
     activations; by default they are used exactly there, so that weight-only results load as
-    ordinary models.
+    ordinary models. ``fit_activations``: every input gets the grid, and every MLP R4 or none, with
+    the least output error on calibration; otherwise they are the paper's.
     """
-    return _rotated("quarot", Scheme.parse(scheme), online, Rotate, (kind, kind), seed, keeps_mean)
+    scheme = Scheme.parse(scheme)
+    options = {"seed": seed, "keeps_mean": keeps_mean}
+    return _rotated("quarot", scheme, online, fit_activations, Rotate, (kind, kind), **options)
 
 
 def spinquant(
@@ -209,6 +213,7 @@ def spinquant(
     seed: int = 0,
     keeps_mean: bool = True,
     online: bool | None = None,
+    fit_activations: bool = False,
 ) -> Recipe:
     """Learned rotations (Z. Liu et al., SpinQuant, 2024), then rounding; "spinquant+gptq" for GPTQ.
 
@@ -220,7 +225,9 @@ def spinquant(
             loss=loss, **kwargs,
         )
 
-    return _rotated("spinquant", Scheme.parse(scheme), online, make, (), seed, keeps_mean)
+    scheme = Scheme.parse(scheme)
+    options = {"seed": seed, "keeps_mean": keeps_mean}
+    return _rotated("spinquant", scheme, online, fit_activations, make, (), **options)
 
 
 def tune(
@@ -231,26 +238,28 @@ def tune(
     scales: float = 8e-3,
     norms: float = 4e-3,
     holdout: float = 0.0625,
+    solved: int = 128,
     seed: int = 0,
 ) -> Recipe:
     """Learn the quantised model against the float one (tune.py), after any solver: "gptq+tune".
 
     ``options`` as tune.Tune; alone, it starts from round to nearest.
     """
-    options = Tune(epochs, batch, codes, scales, norms, holdout, seed)
+    options = Tune(epochs, batch, codes, scales, norms, holdout, solved, seed)
     return Recipe("tune", Scheme.parse(scheme), tune=options)
 
 
 def _rotated(
-    name: str, scheme: Scheme, online: bool | None, make: Callable[..., Rotate], kinds: tuple,
-    seed: int, keeps_mean: bool,
+    name: str, scheme: Scheme, online: bool | None, fit: bool, make: Callable[..., Rotate],
+    kinds: tuple, **options,
 ) -> Recipe:
     quantized = scheme.activation_bits < FLOAT_BITS
     online = quantized if online is None else online
+    fit = fit and quantized
     r3 = "hadamard" if scheme.kv_bits < FLOAT_BITS else None
-    r4 = "random-hadamard" if online else None
-    rotate = make(*kinds, r3=r3, r4=r4, seed=seed, keeps_mean=keeps_mean)
-    last = (QuantizeActivations(),) if quantized or r3 else ()
+    r4 = ("fit" if fit else "random-hadamard") if online else None
+    rotate = make(*kinds, r3=r3, r4=r4, **options)
+    last = (QuantizeActivations(fit=fit),) if quantized or r3 else ()
     return Recipe(name, scheme, (rotate, *last))
 
 
@@ -273,7 +282,7 @@ def build(method: str | Recipe, scheme: Scheme | str | None = None, **options) -
     for part in parts:
         if part not in METHODS:
             raise UsageError(f"method {part!r} is not known; {', '.join(METHODS)} are")
-    if "auto" in parts and len(parts) > 1:
+    if "auto" in parts and set(parts) - {"auto", "tune"}:
         raise UsageError(f"method 'auto' chooses the stack itself, got {method!r}")
     fixed = {} if scheme is None else {"scheme": Scheme.parse(scheme)}
     try:

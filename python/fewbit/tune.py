@@ -40,7 +40,8 @@ class Tune:
     Learning rates: ``codes`` and ``scales`` in steps of the grid (of a scale: what the outermost
     code moves by), ``norms`` relative to the value (gains and biases of norms, biases of linears).
     ``holdout`` of the windows, the last ones, are not learned from: when KL on them has not fallen,
-    the model stays as it was.
+    the model stays as it was. ``solved``: how many windows, at even distances, the transforms and
+    the solver before it see; they gain less from more of them, at more time for each.
     """
 
     epochs: float = 2.0
@@ -49,15 +50,17 @@ class Tune:
     scales: float = 8e-3
     norms: float = 4e-3
     holdout: float = 0.0625
+    solved: int = 128
     seed: int = 0
 
     def __post_init__(self) -> None:
         for name in ("epochs", "codes", "scales", "norms"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise UsageError(f"{name} must be at least 0, got {getattr(self, name)!r}")
-        if self.batch < 1 or not 0 < self.holdout < 1:
+        if min(self.batch, self.solved) < 1 or not 0 < self.holdout < 1:
             raise UsageError(
-                f"batch must be at least 1 and holdout in 0..1, got {self.batch}, {self.holdout}"
+                "batch and solved must be at least 1 and holdout in 0..1, got "
+                f"{self.batch}, {self.solved} and {self.holdout}"
             )
 
     def to_dict(self) -> dict:

@@ -186,14 +186,14 @@ def _measure(
     cell = {"scheme": scheme, "label": method.label, "method": method.method,
             "options": method.options, "samples": len(data.batches)}
     model = load_float(model_dir)
-    before, started = _reset_peak(), time.monotonic()
+    before, started = reset_peak(), time.monotonic()
     try:
         report = quantize_(
             model, method.method, scheme, data, keep_float=False, progress=False, **method.options
         )
     except FewbitError as error:
         return cell | {"refused": str(error)}
-    seconds, peak = time.monotonic() - started, _peak() - before
+    seconds, memory = time.monotonic() - started, peak() - before
     weights = sum(r.bytes_before for r in report.linears) // 4  # loaded as float32
     score = compare(model, test, reference, batch)
     return cell | {
@@ -202,21 +202,21 @@ def _measure(
         "bits": 8 * report.bytes_after / weights,
         "bytes": report.bytes_after,
         "seconds": seconds,
-        "extra_peak_bytes": peak,
+        "extra_peak_bytes": memory,
     }
 
 
-def _reset_peak() -> int:
+def reset_peak() -> int:
     """Start a new peak of resident memory where the system can (Linux); bytes resident now."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
         pass
-    return _peak()
+    return peak()
 
 
-def _peak() -> int:
-    """Peak resident bytes, since _reset_peak on Linux."""
+def peak() -> int:
+    """Peak resident bytes, since reset_peak on Linux."""
     try:
         status = Path("/proc/self/status").read_text()
         return 1024 * int(status.split("VmHWM:")[1].split()[0])

@@ -74,6 +74,11 @@ class Family:
             path for sub in self.sublayers for path in dict.fromkeys((*sub.reads, sub.writes))
         )
 
+    def inputs(self) -> list[tuple[str, ...]]:
+        """The same linears, those together that read the same input."""
+        groups = (group for sub in self.sublayers for group in (sub.reads, (sub.writes,)))
+        return list(dict.fromkeys(groups))
+
 
 @cache
 def families() -> dict[str, tuple[Family, ...]]:

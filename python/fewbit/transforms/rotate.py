@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import AlreadyQuantizedError, RotationLimitError, UsageError
-from ..families import Family, Sublayer
+from ..families import Family, Sublayer, decoder_layers
 from ..kv import attach_kv, head_dim, require_interface
 from ..online import OnlineHadamard, attach
 from ..orthogonal import Rotation, rotation
@@ -26,6 +26,7 @@ from ..scheme import Scheme
 from . import LayerContext, Transform
 from .edges import inner_channels
 from .fold import FoldNorm, RMSNorm, float64, linear_at, norm_readers, untie_head
+from .grids import fit_grid, sample_rows
 
 MARK = "fewbit_rotation"  # in the model's config, so that a saved model still carries it
 ACTIVATION_FIELDS = ("hidden_act", "hidden_activation", "activation_function", "activation")
@@ -37,7 +38,9 @@ class Rotate(Transform):
     """Fold norms, then rotate. Each of r1..r4 is a kind of ``orthogonal.KINDS``, or None.
 
     ``r1`` may be a matrix [hidden, hidden], ``r2`` one [head_dim, head_dim] or one per layer;
-    ``r3`` is "hadamard" or None, ``r4`` "hadamard", "random-hadamard" or None.
+    ``r3`` is "hadamard" or None, ``r4`` "hadamard", "random-hadamard", None, or "fit":
+    "random-hadamard" in the layers where the quantised input of the MLP's writer then does less
+    harm to its output (behind a ReLU, which leaves most channels 0, it may do more).
     ``keeps_mean``: on LayerNorm models take an R1 with R1 1 = 1, so that the norms stay LayerNorms
     and the result loads in plain transformers; False removes the means instead and puts
     ``fold.RMSNorm`` in their place.
@@ -54,11 +57,46 @@ class Rotate(Transform):
     ) -> None:
         if r3 not in (None, "hadamard"):
             raise UsageError(f'r3 must be "hadamard" or None, got {r3!r}')
-        if r4 not in (None, "hadamard", "random-hadamard"):
-            raise UsageError(f'r4 must be "hadamard", "random-hadamard" or None, got {r4!r}')
+        if r4 not in (None, "hadamard", "random-hadamard", "fit"):
+            raise UsageError(f'r4 must be "hadamard", "random-hadamard", "fit" or None, got {r4!r}')
         self.r1, self.r2, self.r3, self.r4 = r1, r2, r3, r4
         self.seed, self.keeps_mean = seed, keeps_mean
         self._cache: dict[tuple, Rotation] = {}
+        self._rotated: set[str] = set()  # r4 "fit": paths of the writers that it serves
+
+    @property
+    def needs_tokens(self) -> bool:
+        return self.r4 == "fit"
+
+    def prepare(
+        self, model: nn.Module, family: Family, scheme: Scheme, batches: list[Tensor]
+    ) -> None:
+        """Where r4 is "fit": find the writers that it serves."""
+        if self.r4 != "fit":
+            return
+        self._rotated.clear()
+        writers = [s.writes for s in family.sublayers if not s.heads]
+        for index, inputs in enumerate(sample_rows(model, family, writers, batches)):
+            for path, x in inputs.items():
+                weight = linear_at(decoder_layers(model, family)[index], path).weight
+                turn, per = self._r4(weight.shape[1], index), scheme.activations
+                turned = turn.right(x).float(), turn.right(weight).float()
+                errors = [
+                    fit_grid(rows, [w], scheme.activation_bits, per).error
+                    for rows, w in ((x, weight), turned)
+                ]
+                if errors[1] < errors[0]:
+                    self._rotated.add(f"{index}.{path}")
+
+    def online_part(self) -> Rotate:
+        """R3 and R4 alone, as they are here."""
+        part = Rotate(None, None, self.r3, self.r4, self.seed)
+        part._rotated = self._rotated
+        return part
+
+    def _r4(self, width: int, index: int) -> Rotation:
+        kind = "random-hadamard" if self.r4 == "fit" else self.r4
+        return rotation(width, kind, self.seed + 1000 + index)
 
     @property
     def online(self) -> bool:
@@ -152,9 +190,11 @@ class Rotate(Transform):
             for sub in family.sublayers:
                 if sub.heads:
                     self._attention(layer, sub, context)
-                elif self.r4:
+                elif self.r4 and (
+                    self.r4 != "fit" or f"{context.index}.{sub.writes}" in self._rotated
+                ):
                     down = linears[sub.writes]
-                    r4 = rotation(down.in_features, self.r4, self.seed + 1000 + context.index)
+                    r4 = self._r4(down.in_features, context.index)
                     down.weight.data = r4.right(down.weight.data)
                     attach(down, "online_hadamard", OnlineHadamard(r4))
 

@@ -94,6 +94,7 @@ class SpinQuant(Rotate):
         """Learn R1 and R2 on token windows int64 [1, tokens]; afterwards this is a Rotate."""
         if not batches:
             raise MissingCalibrationError("spinquant learns from calibration, and there is none")
+        super().prepare(model, family, scheme, batches)
         self.r1, self.r2 = self.start
         with _threads(self.threads), torch.enable_grad():
             self._learn(_Twin(model, family, scheme, self, batches), batches)
@@ -134,7 +135,7 @@ class _Twin:
         self.family, self.scheme, self.quantize_weights = family, scheme, spin.weights
         config = self.model.config
         keep = family.norm == "layer" and spin.keeps_mean
-        fixed = Rotate(None, None, spin.r3, spin.r4, spin.seed)
+        fixed = spin.online_part()
         fold = FoldNorm(centre=not keep)
         with torch.no_grad():
             for transform in (fold, fixed, spin.activations):
