@@ -12,7 +12,8 @@ need an environment of its own, with fewbit beside it:
 
 One that is not installed is named and left out, one that cannot do a scheme says why. Beside them
 fewbit's own methods. A cell that the JSON file holds is not measured again, so several environments
-fill one file; ``--table`` prints it as Markdown.
+fill one file. scripts/accuracy_table.py makes the README's table of it. Seconds are also given as
+processor time, for machines that are busy with something else.
 """
 
 from __future__ import annotations
@@ -316,7 +317,7 @@ def installed(package: str) -> bool:
 def measure(path: Path, scheme: str, label: str, bench: Bench) -> dict:
     model, parsed = checkpoint.load_float(path), Scheme.parse(scheme)
     cell = Cell(path, model, bench.tokenizer, bench.data, parsed)
-    before, started = reset_peak(), time.monotonic()
+    before, started, busy = reset_peak(), time.monotonic(), time.process_time()
     if label in PEERS:
         try:
             later = PEERS[label][1](cell)
@@ -330,13 +331,14 @@ def measure(path: Path, scheme: str, label: str, bench: Bench) -> dict:
             model, label.removeprefix("fewbit "), scheme, bench.data, progress=False,
             keep_float=False,
         )
-    seconds, memory = time.monotonic() - started, peak() - before
+    seconds, busy = time.monotonic() - started, time.process_time() - busy
+    memory = peak() - before
     score = evaluate.compare(
         later() if later else model, bench.test, bench.reference, batch=8
     )
     return {
         "perplexity": score.perplexity, "kl": score.kl, "seconds": seconds,
-        "extra_peak_bytes": memory,
+        "cpu_seconds": busy, "extra_peak_bytes": memory,
     }
 
 
@@ -354,50 +356,14 @@ class Bench:
         self.reference = evaluate.log_probabilities(checkpoint.load_float(path), self.test, batch=8)
 
 
-def table(results: dict) -> str:
-    """Markdown: a row a method, a column a model, a block a scheme; the best of each in bold."""
-    models = list(dict.fromkeys(key.split()[0] for key in results))
-    lines = []
-    for scheme in dict.fromkeys(key.split()[1] for key in results):
-        found = {
-            tuple(key.split(maxsplit=2)[::2]): value for key, value in results.items()
-            if key.split()[1] == scheme
-        }
-        lines += ["", f"| {scheme} | " + " | ".join(models) + " |", "|---|" + "---|" * len(models)]
-        best = {
-            m: min(v["perplexity"] for k, v in found.items() if k[0] == m and "perplexity" in v)
-            for m in models if any(k[0] == m for k in found)
-        }
-        for label in dict.fromkeys(key[1] for key in found):
-            cells = [found.get((m, label), {}) for m in models]
-            if not any("perplexity" in c for c in cells):
-                continue
-            lines.append(f"| {label} | " + " | ".join(
-                _shown(c, best.get(m)) for m, c in zip(models, cells, strict=True)
-            ) + " |")  # fmt: skip
-    return "\n".join(lines[1:])
-
-
-def _shown(cell: dict, best: float | None) -> str:
-    if "perplexity" not in cell:
-        return ""
-    value = f"{cell['perplexity']:.2f}"
-    value = f"**{value}**" if cell["perplexity"] == best else value
-    return f"{value}, {cell['seconds']:.1f} s, {cell['extra_peak_bytes'] / 2**20:.0f} MiB"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", default=MODELS)
     parser.add_argument("--schemes", nargs="+", default=SCHEMES, choices=SCHEMES)
     parser.add_argument("--peers", nargs="*", default=list(PEERS), choices=list(PEERS))
     parser.add_argument("--json", type=Path, default=Path("peers.json"))
-    parser.add_argument("--table", action="store_true", help="print what the JSON file holds")
     arguments = parser.parse_args()
     results = json.loads(arguments.json.read_text()) if arguments.json.exists() else {}
-    if arguments.table:
-        print(table(results))
-        return
     peers = [name for name in arguments.peers if installed(PEERS[name][0])]
     for name in arguments.peers:
         if name not in peers:

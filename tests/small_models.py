@@ -3,10 +3,13 @@
 Protocol of every table: the first 64 windows of 256 tokens of books_test.txt, no overlap, no BOS,
 float32; calibration on the first 32 windows of 256 tokens of books_calibration.txt. Options are
 chosen on "held-out": 64 windows of the calibration text that no method sees.
+
+    python tests/small_models.py opt-tiny-outliers 1 DIR     # with other outliers, as a directory
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -129,3 +132,18 @@ class Results:
             part = self.path.with_suffix(".part")
             part.write_text(json.dumps(self.values, indent=1) + "\n")
             part.replace(self.path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", help="a name that load takes")
+    parser.add_argument("seed", type=int)
+    parser.add_argument("output", type=Path)
+    arguments = parser.parse_args()
+    load(arguments.model, arguments.seed).model.save_pretrained(arguments.output)
+    path = SHARED / "models" / arguments.model
+    transformers.AutoTokenizer.from_pretrained(path).save_pretrained(arguments.output)
+
+
+if __name__ == "__main__":
+    main()

@@ -101,7 +101,7 @@ def candidates(scheme: Scheme) -> list[Recipe]:
     fitted = {"fit_activations": True}
     rotated = [
         build("quarot+qronos", scheme, **fitted),
-        build("smoothquant+quarot+qronos", scheme, **fitted),
+        build("smoothquant+quarot+qronos", scheme, alpha="auto", **fitted),
     ]
     # Nothing else quantises the KV cache; few bits do not survive outliers that are only smoothed.
     plain = scheme.kv_bits == FLOAT_BITS and scheme.activation_bits == 8

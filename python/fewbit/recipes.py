@@ -232,13 +232,13 @@ def spinquant(
 
 def tune(
     scheme: Scheme | str = "w4a16g128",
-    epochs: float = 2.0,
+    epochs: float = 1.0,
     batch: int = 4,
-    codes: float = 1e-2,
+    codes: float = 3e-2,
     scales: float = 8e-3,
     norms: float = 4e-3,
     holdout: float = 0.0625,
-    solved: int = 128,
+    solved: int = 64,
     seed: int = 0,
 ) -> Recipe:
     """Learn the quantised model against the float one (tune.py), after any solver: "gptq+tune".

@@ -44,13 +44,13 @@ class Tune:
     the solver before it see; they gain less from more of them, at more time for each.
     """
 
-    epochs: float = 2.0
+    epochs: float = 1.0
     batch: int = 4
-    codes: float = 1e-2
+    codes: float = 3e-2
     scales: float = 8e-3
     norms: float = 4e-3
     holdout: float = 0.0625
-    solved: int = 128
+    solved: int = 64
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -2,7 +2,8 @@
 
 A cell loads the float model afresh, quantises it, and measures perplexity and KL divergence from
 the float model on the same windows, bits per weight, seconds and peak memory. Results are written
-after every cell: a second call with the same protocol goes on where the first one stopped.
+after every cell: a second call with the same protocol goes on where the first one stopped, and
+several may fill one table.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ class Method(NamedTuple):
     samples: int | None = None
 
 
+FIT = {"fit_activations": True}
 WEIGHT_ONLY = (
     Method("rtn", "rtn"),
     Method("mixed 1 %", "mixed"),
@@ -49,9 +51,9 @@ WEIGHT_ONLY = (
     Method("awq+qronos", "awq+qronos"),
     Method("quarot+gptq", "quarot+gptq"),
     Method("quarot+qronos", "quarot+qronos"),
-    Method("quarot+qronos 192", "quarot+qronos", samples=192),
-    Method("quarot+qronos+tune 192", "quarot+qronos+tune", samples=192),
     Method("auto", "auto"),
+    Method("quarot+qronos+tune 512", "quarot+qronos+tune", samples=512),
+    Method("auto+tune 512", "auto+tune", samples=512),
 )
 EIGHT_BIT_ACTIVATIONS = (
     Method("rtn", "rtn"),
@@ -61,18 +63,25 @@ EIGHT_BIT_ACTIVATIONS = (
     Method("smoothquant+gptq", "smoothquant+gptq"),
     Method("smoothquant+qronos", "smoothquant+qronos"),
     Method("quarot+gptq", "quarot+gptq"),
+    Method("auto", "auto"),
 )
-FOUR_BIT_ACTIVATIONS = (
-    Method("rtn", "rtn"),
-    Method("smoothquant", "smoothquant"),
-    Method("smoothquant+gptq", "smoothquant+gptq"),
+ROTATED = (  # these quantise the KV cache as well
     Method("quarot", "quarot"),
     Method("quarot+gptq", "quarot+gptq"),
     Method("quarot+qronos", "quarot+qronos"),
     Method("spinquant", "spinquant", {"weights": True}),
     Method("spinquant+gptq", "spinquant+gptq"),
     Method("spinquant+qronos", "spinquant+qronos"),
-    Method("quarot+qronos+tune 192", "quarot+qronos+tune", samples=192),
+    Method("quarot+qronos fitted", "quarot+qronos", FIT),
+    Method("smooth+quarot+qronos fitted", "smoothquant+quarot+qronos", {**FIT, "alpha": "auto"}),
+    Method("auto", "auto"),
+    Method("auto+tune 512", "auto+tune", samples=512),
+)
+FOUR_BIT_ACTIVATIONS = (
+    Method("rtn", "rtn"),
+    Method("smoothquant", "smoothquant"),
+    Method("smoothquant+gptq", "smoothquant+gptq"),
+    *ROTATED,
 )
 TABLE: dict[str, tuple[Method, ...]] = {
     "w4a16g128": WEIGHT_ONLY,
@@ -81,8 +90,7 @@ TABLE: dict[str, tuple[Method, ...]] = {
     "w8a8": EIGHT_BIT_ACTIVATIONS,
     "w4a8": tuple(m for m in EIGHT_BIT_ACTIVATIONS if m.method != "llm-int8"),
     "w4a4": FOUR_BIT_ACTIVATIONS,
-    # rtn and smoothquant leave the cache alone
-    "w4a4kv4": tuple(m for m in FOUR_BIT_ACTIVATIONS if m.method.startswith(("quarot", "spin"))),
+    "w4a4kv4": ROTATED,
 }
 
 
@@ -139,7 +147,7 @@ def run(
             )
     done = {(c["scheme"], c["label"]) for c in result["cells"]}
     todo = [(s, m) for s, m in cells if (s, m.label) not in done]
-    spool = output / "float_log_probabilities.f16"
+    spool = output / f"float_log_probabilities.{os.getpid()}.f16"
     if todo:
         model = load_float(model_dir)
         shape = (windows, window, model.get_output_embeddings().weight.shape[0])
@@ -154,7 +162,7 @@ def run(
         for i, (scheme, method) in enumerate(todo):
             seen = data if method.samples is None else cut(ids, window, method.samples, source)
             cell = _measure(model_dir, scheme, method, seen, test, reference, batch)
-            result["cells"].append(cell)
+            result["cells"] = _merged(store, [*result["cells"], cell])
             _replace(store, json.dumps(result, indent=1) + "\n")
             say(f"[{i + 1}/{len(todo)}] {_line(cell)}")
     finally:
@@ -186,14 +194,15 @@ def _measure(
     cell = {"scheme": scheme, "label": method.label, "method": method.method,
             "options": method.options, "samples": len(data.batches)}
     model = load_float(model_dir)
-    before, started = reset_peak(), time.monotonic()
+    before, started, busy = reset_peak(), time.monotonic(), time.process_time()
     try:
         report = quantize_(
             model, method.method, scheme, data, keep_float=False, progress=False, **method.options
         )
     except FewbitError as error:
         return cell | {"refused": str(error)}
-    seconds, memory = time.monotonic() - started, peak() - before
+    seconds, busy = time.monotonic() - started, time.process_time() - busy
+    memory = peak() - before
     weights = sum(r.bytes_before for r in report.linears) // 4  # loaded as float32
     score = compare(model, test, reference, batch)
     return cell | {
@@ -202,6 +211,7 @@ def _measure(
         "bits": 8 * report.bytes_after / weights,
         "bytes": report.bytes_after,
         "seconds": seconds,
+        "cpu_seconds": busy,
         "extra_peak_bytes": memory,
     }
 
@@ -232,6 +242,15 @@ def _digest_of(model_dir) -> str:
             while chunk := stream.read(1 << 20):
                 digest.update(chunk)
     return digest.hexdigest()
+
+
+def _merged(store: Path, cells: list[dict]) -> list[dict]:
+    """The cells in the order of TABLE, with those that another process has stored meanwhile."""
+    stored = json.loads(store.read_text(encoding="utf-8"))["cells"] if store.exists() else []
+    known = {(c["scheme"], c["label"]): c for c in (*stored, *cells)}
+    rows = [(scheme, method.label) for scheme, methods in TABLE.items() for method in methods]
+    order = {row: i for i, row in enumerate(rows)}
+    return [known[key] for key in sorted(known, key=lambda key: order.get(key, len(order)))]
 
 
 def _replace(path: Path, text: str) -> None:

@@ -1,0 +1,156 @@
+"""The README's tables of perplexities, from what was measured: python scripts/accuracy_table.py
+
+tests/results/accuracy holds, by model, the accuracy.json that `fewbit bench accuracy` writes, and
+tests/results/peers.json what tests/bench_peers.py does. Without arguments the tables are printed;
+``--write`` puts them into README.md and its translations, between their marks; ``--add FILE ..``
+takes cells over from accuracy.json files first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from fewbit.bench.accuracy import TABLE
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "tests" / "results"
+READMES = [ROOT / "README.md", *sorted((ROOT / "python/fewbit/docs").glob("README.*.md"))]
+MODELS = ["opt-tiny", "opt-tiny-outliers", "llama-tiny", "llama-tiny-outliers"]
+GOALS = {"w4a16g128": 0.5, "w3a16g128": 2.0, "w2a16g64": 15.0, "w4a4": 5.0}  # % above float
+
+
+def stored(name: str) -> dict:
+    path = RESULTS / "accuracy" / f"{name}.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"cells": []}
+
+
+def add(path: Path) -> None:
+    """Cells of an accuracy.json into the results; newer ones replace older ones."""
+    new = json.loads(path.read_text(encoding="utf-8"))
+    name = new["protocol"]["model"]
+    old = stored(name)
+    if old["cells"] and old["protocol"] != new["protocol"]:
+        raise SystemExit(f"{path} follows another protocol than the stored results of {name}")
+    cells = {(c["scheme"], c["label"]): c for c in (*old["cells"], *new["cells"])}
+    order = {row: i for i, row in enumerate(rows())}
+    merged = [cells[key] for key in sorted(cells, key=lambda key: order.get(key, len(order)))]
+    target = RESULTS / "accuracy" / f"{name}.json"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(json.dumps({**new, "cells": merged}, indent=1) + "\n", encoding="utf-8")
+
+
+def rows() -> list[tuple[str, str]]:
+    return [(scheme, method.label) for scheme, methods in TABLE.items() for method in methods]
+
+
+def perplexities(name: str) -> dict[tuple[str, str], float]:
+    return {
+        (c["scheme"], c["label"]): c["perplexity"]
+        for c in stored(name)["cells"] if "perplexity" in c
+    }
+
+
+def shown(value: float | None, best: bool = False) -> str:
+    if value is None:
+        return ""
+    text = f"{value:.2f}" if value < 1000 else f"{value:.1e}".replace("e+0", "e")
+    return f"**{text}**" if best else text
+
+
+def accuracy_table(models: list[str]) -> str:
+    """A row for every cell that one of ``models`` has; the least of a scheme in bold."""
+    found = {name: perplexities(name) for name in models}
+    least = {
+        (name, scheme): min((v for (s, _), v in found[name].items() if s == scheme), default=None)
+        for name in models for scheme in TABLE
+    }
+    lines = ["| books_test perplexity | " + " | ".join(models) + " |"]
+    lines.append("|---|" + "---|" * len(models))
+    lines.append("| float | " + " | ".join(shown(stored(n).get("float")) for n in models) + " |")
+    for scheme, label in rows():
+        values = [found[name].get((scheme, label)) for name in models]
+        if any(v is not None for v in values):
+            cells = (
+                shown(v, v is not None and v == least[name, scheme])
+                for name, v in zip(models, values, strict=True)
+            )
+            lines.append(f"| {scheme} {label} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def goal_table(models: list[str]) -> str:
+    """By scheme: how far the best row of each model is above float."""
+    lines = ["| % above float, best row | goal | " + " | ".join(models) + " |"]
+    lines.append("|---|---|" + "---|" * len(models))
+    for scheme, goal in GOALS.items():
+        cells = []
+        for name in models:
+            measured = [v for (s, _), v in perplexities(name).items() if s == scheme]
+            above = 100 * (min(measured) / stored(name)["float"] - 1) if measured else None
+            cells.append("" if above is None else f"{above:.2f}")
+        lines.append(f"| {scheme} | {goal:g} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def peer_table() -> str:
+    """What bench_peers.py keeps: perplexity, and seconds of processor time."""
+    results = json.loads((RESULTS / "peers.json").read_text(encoding="utf-8"))
+    models = list(dict.fromkeys(key.split()[0] for key in results))
+    lines = ["| perplexity, seconds | " + " | ".join(models) + " |", "|---|" + "---|" * len(models)]
+    for scheme in dict.fromkeys(key.split()[1] for key in results):
+        found = {
+            tuple(key.split(maxsplit=2)[::2]): cell for key, cell in results.items()
+            if key.split()[1] == scheme and "perplexity" in cell
+        }
+        for label in dict.fromkeys(label for _, label in found):
+            cells = []
+            for name in models:
+                cell = found.get((name, label))
+                best = min((c["perplexity"] for (n, _), c in found.items() if n == name), default=0)
+                cells.append("" if cell is None else (
+                    f"{shown(cell['perplexity'], cell['perplexity'] == best)}, "
+                    f"{cell['cpu_seconds']:.1f} s"
+                ))  # fmt: skip
+            lines.append(f"| {scheme} {label} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def tables() -> dict[str, str]:
+    found = {"accuracy": accuracy_table(MODELS), "goals": goal_table(MODELS)}
+    seeds = sorted(
+        path.stem for path in (RESULTS / "accuracy").glob("*.json") if path.stem not in MODELS
+    )
+    if seeds:
+        found["seeds"] = accuracy_table(seeds)
+    if (RESULTS / "peers.json").exists():
+        found["peers"] = peer_table()
+    return found
+
+
+def put(text: str, name: str, table: str) -> str:
+    """``text`` with ``table`` between its two marks."""
+    begin, end = (f"<!-- {name} table: {side} -->" for side in ("begin", "end"))
+    start, stop = text.index(begin) + len(begin), text.index(end)
+    return f"{text[:start]}\n{table}\n{text[stop:]}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--add", nargs="+", type=Path, default=[], metavar="FILE")
+    parser.add_argument("--write", action="store_true")
+    arguments = parser.parse_args()
+    for path in arguments.add:
+        add(path)
+    for name, table in tables().items():
+        if not arguments.write:
+            print(f"{table}\n")
+            continue
+        for path in READMES:
+            text = put(path.read_text(encoding="utf-8"), name, table)
+            path.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
