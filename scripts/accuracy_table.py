@@ -16,8 +16,21 @@ from fewbit.bench.accuracy import TABLE
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "tests" / "results"
-READMES = [ROOT / "README.md", *sorted((ROOT / "python/fewbit/docs").glob("README.*.md"))]
+READMES = {ROOT / "README.md": ""} | {
+    ROOT / f"python/fewbit/docs/README.{language}.md": language for language in ("ko", "zh")
+}
 MODELS = ["opt-tiny", "opt-tiny-outliers", "llama-tiny", "llama-tiny-outliers"]
+WORDS = {  # of the tables' heads and labels, by language
+    "ko": {
+        "books_test perplexity": "books_test 퍼플렉서티", "float": "실수", "goal": "목표",
+        "% above float, best row": "실수 대비 %, 가장 좋은 행",
+        "perplexity, seconds": "퍼플렉서티, 초",
+    },
+    "zh": {
+        "books_test perplexity": "books_test 困惑度", "float": "浮点", "goal": "目标",
+        "% above float, best row": "比浮点差 %，最好的一行", "perplexity, seconds": "困惑度，秒",
+    },
+}
 GOALS = {"w4a16g128": 0.5, "w3a16g128": 2.0, "w2a16g64": 15.0, "w4a4": 5.0}  # % above float
 
 
@@ -129,8 +142,10 @@ def tables() -> dict[str, str]:
     return found
 
 
-def put(text: str, name: str, table: str) -> str:
+def put(text: str, name: str, table: str, language: str = "") -> str:
     """``text`` with ``table`` between its two marks."""
+    for word, translated in WORDS.get(language, {}).items():
+        table = table.replace(f"| {word} |", f"| {translated} |")
     begin, end = (f"<!-- {name} table: {side} -->" for side in ("begin", "end"))
     start, stop = text.index(begin) + len(begin), text.index(end)
     return f"{text[:start]}\n{table}\n{text[stop:]}"
@@ -147,8 +162,8 @@ def main() -> None:
         if not arguments.write:
             print(f"{table}\n")
             continue
-        for path in READMES:
-            text = put(path.read_text(encoding="utf-8"), name, table)
+        for path, language in READMES.items():
+            text = put(path.read_text(encoding="utf-8"), name, table, language)
             path.write_text(text, encoding="utf-8")
 
 

@@ -30,7 +30,7 @@ from .recipes import Recipe, build
 from .scheme import FLOAT_BITS, Scheme
 from .solvers.gptq import GPTQ
 
-WINDOWS = 64  # of the calibration, that the choice is made on
+WINDOWS = 32  # of the calibration, that the choice is made on
 ROWS = 512  # of a linear, whose errors stand for all
 BUCKETS = 20000  # of the knapsack's size axis
 

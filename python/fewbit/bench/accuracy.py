@@ -43,6 +43,7 @@ WEIGHT_ONLY = (
     Method("mixed 1 %", "mixed"),
     Method("awq closed form", "awq", {"form": "closed-times", "clip": False}),
     Method("awq search", "awq", {"form": "search", "clip": False}),
+    Method("awq search+clip", "awq", {"form": "search"}),
     Method("awq", "awq"),
     Method("gptq", "gptq"),
     Method("gptaq", "gptq", {"target": "gptaq"}),

@@ -1,0 +1,52 @@
+"""The README's tables are what scripts/accuracy_table.py makes of the stored measurements."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SPEC = importlib.util.spec_from_file_location("accuracy_table", ROOT / "scripts/accuracy_table.py")
+accuracy_table = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(accuracy_table)
+
+
+def test_every_readme_holds_the_tables():
+    for path, language in accuracy_table.READMES.items():
+        text = path.read_text(encoding="utf-8")
+        for name, table in accuracy_table.tables().items():
+            assert accuracy_table.put(text, name, table, language) == text, (
+                f"{path.name}: run python scripts/accuracy_table.py --write"
+            )
+
+
+def test_stored_cells_follow_one_protocol_and_belong_to_the_table():
+    found = [json.loads(p.read_text()) for p in (ROOT / "tests/results/accuracy").glob("*.json")]
+    same = {key: {r["protocol"][key] for r in found} for key in found[0]["protocol"]}
+    assert len(found) >= 4
+    assert all(len(same[key]) == 1 for key in ("text", "window", "windows", "samples", "dtype"))
+    for result in found:
+        assert all((c["scheme"], c["label"]) in accuracy_table.rows() for c in result["cells"])
+
+
+def test_new_cells_replace_old_ones(tmp_path, monkeypatch):
+    monkeypatch.setattr(accuracy_table, "RESULTS", tmp_path)
+    cells = [
+        {"scheme": "w3a16g128", "label": "gptq", "perplexity": 8.0},
+        {"scheme": "w4a16g128", "label": "rtn", "perplexity": 4.5},
+        {"scheme": "w4a16g128", "label": "gptq", "refused": "no"},
+    ]
+    new = tmp_path / "accuracy.json"
+    for part in (cells, [{**cells[1], "perplexity": 4.25}]):
+        new.write_text(json.dumps({"protocol": {"model": "m"}, "float": 4.0, "cells": part}))
+        accuracy_table.add(new)
+    stored = accuracy_table.stored("m")["cells"]
+    assert [c.get("perplexity") for c in stored] == [4.25, None, 8.0]  # in the order of the table
+    assert accuracy_table.accuracy_table(["m"]).splitlines()[2:] == [
+        "| float | 4.00 |", "| w4a16g128 rtn | **4.25** |", "| w3a16g128 gptq | **8.00** |",
+    ]  # fmt: skip
+    assert "| w4a16g128 | 0.5 | 6.25 |" in accuracy_table.goal_table(["m"])
+    new.write_text(json.dumps({"protocol": {"model": "m", "windows": 1}, "cells": []}))
+    with pytest.raises(SystemExit, match="another protocol"):
+        accuracy_table.add(new)
