@@ -10,27 +10,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from pathlib import Path
 
 from fewbit.bench.accuracy import TABLE
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "tests" / "results"
-READMES = {ROOT / "README.md": ""} | {
-    ROOT / f"python/fewbit/docs/README.{language}.md": language for language in ("ko", "zh")
-}
+READMES = [ROOT / "README.md", *sorted((ROOT / "python/fewbit/docs").glob("README.*.md"))]
 MODELS = ["opt-tiny", "opt-tiny-outliers", "llama-tiny", "llama-tiny-outliers"]
-WORDS = {  # of the tables' heads and labels, by language
-    "ko": {
-        "books_test perplexity": "books_test 퍼플렉서티", "float": "실수", "goal": "목표",
-        "% above float, best row": "실수 대비 %, 가장 좋은 행",
-        "perplexity, seconds": "퍼플렉서티, 초",
-    },
-    "zh": {
-        "books_test perplexity": "books_test 困惑度", "float": "浮点", "goal": "目标",
-        "% above float, best row": "比浮点差 %，最好的一行", "perplexity, seconds": "困惑度，秒",
-    },
-}
 GOALS = {"w4a16g128": 0.5, "w3a16g128": 2.0, "w2a16g64": 15.0, "w4a4": 5.0}  # % above float
 
 
@@ -142,13 +130,15 @@ def tables() -> dict[str, str]:
     return found
 
 
-def put(text: str, name: str, table: str, language: str = "") -> str:
-    """``text`` with ``table`` between its two marks."""
-    for word, translated in WORDS.get(language, {}).items():
+def put(text: str, name: str, table: str) -> str:
+    """``text`` with ``table`` between its two marks, of which the first may translate whole cells:
+    <!-- accuracy table: begin; float=FLOAT -->"""
+    mark = re.search(rf"<!-- {name} table: begin(.*?) -->\n", text)
+    end = text.index(f"<!-- {name} table: end -->")
+    for pair in filter(None, mark[1].split("; ")):
+        word, translated = pair.split("=")
         table = table.replace(f"| {word} |", f"| {translated} |")
-    begin, end = (f"<!-- {name} table: {side} -->" for side in ("begin", "end"))
-    start, stop = text.index(begin) + len(begin), text.index(end)
-    return f"{text[:start]}\n{table}\n{text[stop:]}"
+    return f"{text[: mark.end()]}{table}\n{text[end:]}"
 
 
 def main() -> None:
@@ -162,8 +152,8 @@ def main() -> None:
         if not arguments.write:
             print(f"{table}\n")
             continue
-        for path, language in READMES.items():
-            text = put(path.read_text(encoding="utf-8"), name, table, language)
+        for path in READMES:
+            text = put(path.read_text(encoding="utf-8"), name, table)
             path.write_text(text, encoding="utf-8")
 
 

@@ -19,8 +19,8 @@ TRANSLATED = {
     "Two commands": "d0d71c6bc1f9a5c0",
     "Ten lines": "998bb77358af64f7",
     "Methods": "29faf840e332b0e7",
-    "Results": "8aaa1c10a7561923",
-    "Models bigger than memory, and runs that stop": "ba1ed19881b98419",
+    "Results": "cb7cec41df3f96af",
+    "Models bigger than memory, and runs that stop": "200a4ce29fa9800b",
     "How it is made": "99b54d5e37c62018",
     "Limits, said plainly": "245d82b7b0dd26b5",
 }
@@ -45,7 +45,9 @@ def rows(text):
 
 @pytest.mark.parametrize("heading", TRANSLATED)
 def test_no_translated_section_has_changed(heading):
-    found = sections((ROOT / "README.md").read_text(encoding="utf-8"))
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    made = r"<!-- (\w+) table: begin -->.*?<!-- \1 table: end -->"  # by a script, in all languages
+    found = sections(re.sub(made, "", text, flags=re.S))
     digest = hashlib.sha256(found[heading].strip().encode()).hexdigest()[:16]
     name = heading or "the introduction"
     assert digest == TRANSLATED[heading], f"translate {name!r} again; its hash is now {digest}"
