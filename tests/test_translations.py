@@ -22,7 +22,7 @@ TRANSLATED = {
     "Results": "cb7cec41df3f96af",
     "Models bigger than memory, and runs that stop": "200a4ce29fa9800b",
     "How it is made": "99b54d5e37c62018",
-    "Limits, said plainly": "245d82b7b0dd26b5",
+    "Limits, said plainly": "f40a89684f8aaa45",
 }
 
 
