@@ -9,15 +9,19 @@ import torch
 
 from bench import Case, close, reuse_memory
 from fewbit import _C, ops
-from fewbit.hadamard import hadamard_matrix, plan, transform
+from fewbit.hadamard import plan, transform
 
-WIDTHS = [128, 1024, 4096, 8192, 16384, 32768, 768, 2560, 3072, 4864, 5632, 11008, 14336, 18944]
+WIDTHS = [
+    128, 512, 1024, 2048, 4096, 8192, 16384, 32768,
+    768, 3072, 2560, 5120, 3584, 14336, 28672, 2304, 9216, 5632, 6656, 1920, 17408, 4864, 9728,
+    6912, 27648, 8960, 17920, 18944, 29568, 10944, 2880, 11008, 13696, 15104,
+]
 
 
 def cases():
     for n in WIDTHS:
         p = plan(n)
-        base = None if p.m == 1 else hadamard_matrix(p.m)
+        base = p.bases() if p.m > 1 else None
         x = torch.randn(2**23 // n, n)
 
         def check(x=x, base=base, p=p):
@@ -25,7 +29,10 @@ def cases():
 
         contenders = {"ours": lambda x=x, base=base: ops.hadamard(x, base), "clone": x.clone}
         bar = 1.5 if p.m == 1 else 2.5
-        yield Case("hadamard", f"{len(x)}x{n}, m = {p.m}", contenders, check, [("clone", 1 / bar)])
+        shape = " x ".join(str(order) for order in (*p.orders, 2**p.k))
+        kind = "" if p.exact else " Hartley"
+        yield Case("hadamard", f"{len(x)}x{n} = {shape}{kind}", contenders, check,
+                   [("clone", 1 / bar)])
 
 
 def main():

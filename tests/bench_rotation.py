@@ -1,11 +1,13 @@
 """What rotations do for 4-bit activations: perplexity and outliers, over seeds.
 
-    python tests/bench_rotation.py [--models NAME ..] [--seeds 3] [--rows LABEL ..]
+    python tests/bench_rotation.py [--models NAME ..] [--seeds N ..] [--rows LABEL ..]
         [--results FILE] [--text held-out] [--plot FILE.png]
+    python tests/bench_rotation.py --sweep [--results FILE]   # SpinQuant's options and optimisers
 
 Per-token 4-bit activations and 4-bit weights with one scale per row; protocol: small_models.py.
 With ``--results`` what was measured is kept, and another call goes on where this one stopped; so
-pieces (``--models``, ``--rows``, ``--seeds``) can run on their own. Exits with 1 where an expected
+pieces (``--models``, ``--rows``, ``--seeds``) can run on their own. ``--sweep`` chooses SpinQuant's
+options, on text that is neither calibrated on nor tested. Exits with 1 where an expected
 order does not hold: RTN > QuaRot+RTN > QuaRot+GPTQ >= SpinQuant+GPTQ, by means over seeds, or where
 an input whose largest number was above 50 times the mean stays above 10 by token.
 """
@@ -13,6 +15,7 @@ an input whose largest number was above 50 times the mean stays above 10 by toke
 import argparse
 import statistics
 import sys
+import time
 
 import torch
 
@@ -30,6 +33,25 @@ MODELS = ["opt-tiny-outliers", "llama-tiny-outliers"]
 KIND = "random-hadamard"
 ORDER = ["RTN", "QuaRot+RTN", "QuaRot+GPTQ", "SpinQuant+GPTQ"]
 UNSEEDED = ("RTN", "GPTQ")
+# What SpinQuant may be told, one change at a time from its defaults; scored with GPTQ.
+SWEEP = {
+    "defaults": {},
+    "ranges only": {"steps": 0},
+    "network only": {"range_steps": 0, "steps": 100},
+    "Cayley SGD, ranges and network": {"optimizer": "cayley-sgd"},
+    "Cayley SGD as in the paper": {
+        "optimizer": "cayley-sgd", "loss": "ce", "range_steps": 0, "steps": 100},
+    "Cayley SGD as in the paper, KL": {
+        "optimizer": "cayley-sgd", "range_steps": 0, "steps": 100},
+    "cross-entropy": {"loss": "ce"},
+    "quantised weights": {"weights": True},
+    "100 range steps": {"range_steps": 100},
+    "1000 range steps": {"range_steps": 1000},
+    "60 steps": {"steps": 60},
+    "60 steps, lr 0.003": {"steps": 60, "lr": 0.003},
+    "lr 0.0003": {"lr": 0.0003},
+    "lr 0.003": {"lr": 0.003},
+}
 
 
 def recipes(seed: int) -> dict[str, Recipe]:
@@ -85,6 +107,33 @@ def table(name: str, arguments, results: small_models.Results) -> bool:
     return all(means[a] >= means[b] for a, b in zip(order, order[1:], strict=False))
 
 
+def sweep(name: str, arguments, results: small_models.Results) -> None:
+    """Perplexity and seconds of SpinQuant+GPTQ on held-out text by option."""
+    protocol = f"{name}, held-out, {arguments.windows} windows"
+    print(f"\n{protocol}\n| SpinQuant+GPTQ | mean | spread | seconds |\n|---|---|---|---|")
+    for label, options in SWEEP.items():
+        values, seconds = [], []
+        for seed in arguments.seeds:
+            key = f"{protocol}, sweep {options}, seed {seed}"
+
+            def both(label=label, seed=seed, options=options) -> list[float]:
+                bench, started = small_models.load(name, text="held-out"), time.monotonic()
+                spin = SpinQuant(seed=seed, **options)
+                scheme = Scheme.parse("w4a4")
+                solver = METHODS["gptq"](scheme).solver
+                recipe = Recipe(label, scheme, (spin, QuantizeActivations()), solver)
+                quantize_(bench.model, recipe, calibration=bench.calibration, keep_float=False,
+                          progress=False)
+                taken = time.monotonic() - started
+                return [bench.score(arguments.windows), taken]
+
+            value, taken = results.get(key, both)
+            values.append(value), seconds.append(taken)
+        spread = statistics.stdev(values) if len(values) > 1 else 0.0
+        print(f"| {label} | {statistics.mean(values):.2f} | {spread:.2f} | "
+              f"{statistics.mean(seconds):.0f} |", flush=True)
+
+
 def ratios(name: str) -> tuple[dict, dict]:
     bench = small_models.load(name)
     ids = bench.tokens[: 8 * 256].reshape(8, 256)
@@ -134,11 +183,16 @@ def main():
     parser.add_argument("--rows", nargs="+", default=list(recipes(0)), choices=list(recipes(0)))
     parser.add_argument("--windows", type=int, default=64)
     parser.add_argument("--text", default="test", choices=small_models.TEXTS)
+    parser.add_argument("--sweep", action="store_true", help="SpinQuant's options, held-out text")
     parser.add_argument("--results", help="a JSON file to go on from")
     parser.add_argument("--plot", help="FILE.png: one picture of the ratios per model")
     arguments = parser.parse_args()
     torch.set_num_threads(1)  # every number is the same on any machine with the same libraries
     results = small_models.Results(arguments.results)
+    if arguments.sweep:
+        for name in arguments.models:
+            sweep(name, arguments, results)
+        return 0
     good = True
     for name in arguments.models:
         good &= table(name, arguments, results)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fewbit import _C, ops, reference
-from fewbit.hadamard import hadamard_matrix, plan, transform
+from fewbit.hadamard import plan, transform
 from grids import DTYPES, PACKED_BITS, SHAPES, hard_weight
 
 Answer = tuple[str, Tensor, Tensor, Tensor | None]
@@ -338,13 +338,13 @@ def gptq(device: torch.device) -> Iterator[Answer]:
 @sweep
 def hadamard(device: torch.device) -> Iterator[Answer]:
     """Against float64: at most one rounding per butterfly and per addition of the base."""
-    for i, n in enumerate([1, 2, 8, 16, 32, 48, 96, 640, 137, 56, 112, 4096, 172 * 64]):
+    for i, n in enumerate([1, 2, 8, 16, 32, 48, 96, 640, 137, 56, 112, 2880, 4096, 172 * 64]):
         p = plan(n)
-        base = None if p.m == 1 else hadamard_matrix(p.m) if p.exact else p.base.float()
+        bases = p.bases() if p.m > 1 else []
         signs = (torch.randint(0, 2, (n,)) * 2 - 1).to(torch.int8) if i % 2 else None
         x = torch.randn(3, n).to(DTYPES[i % 3])
-        moved = [t if t is None else t.to(device) for t in (base, signs)]
-        got = ops.hadamard(x.to(device), *moved)
+        moved = None if signs is None else signs.to(device)
+        got = ops.hadamard(x.to(device), [base.to(device) for base in bases], moved)
         want = transform(x.double() * (1 if signs is None else signs), p)
         size = x.double().norm(dim=1, keepdim=True)
         bound = (p.k + p.m + 2) * 2.0**-23 * size + 2 * ROUND[x.dtype] * want.abs() + 2.0**-24
@@ -354,18 +354,18 @@ def hadamard(device: torch.device) -> Iterator[Answer]:
 @sweep
 def hadamard_quantize(device: torch.device) -> Iterator[Answer]:
     """Sums run in another order than torch's: compared as numbers, within one step."""
-    for i, n in enumerate([8, 16, 32, 48, 96, 640, 137, 56, 4096, 172 * 64]):
+    for i, n in enumerate([8, 16, 32, 48, 96, 640, 137, 56, 2880, 4096, 172 * 64]):
         p = plan(n)
-        base = None if p.m == 1 else hadamard_matrix(p.m) if p.exact else p.base.float()
+        bases = p.bases() if p.m > 1 else []
         signs = (torch.randint(0, 2, (n,)) * 2 - 1).to(torch.int8) if i % 2 else None
         x = torch.randn(3, n).to(DTYPES[i % 3])
         x[1] = 0.0
         if i % 4 == 0:
             x[2, n // 2] = float("inf")
-        moved = [t if t is None else t.to(device) for t in (base, signs)]
+        moved = [base.to(device) for base in bases], None if signs is None else signs.to(device)
         for bits in (8, 4) if n % 8 == 0 else (8,):
             got = ops.hadamard_quantize(x.to(device), *moved, bits)
-            want = reference.hadamard_quantize(x, base, signs, bits)
+            want = reference.hadamard_quantize(x, bases, signs, bits)
             relative = (p.k + p.m + 4) * 2.0**-23
             step = want[1].double().nan_to_num(1.0)
             size = x.double().nan_to_num(0.0, 0.0).norm(dim=1)

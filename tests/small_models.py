@@ -117,13 +117,13 @@ class Results:
         exists = self.path is not None and self.path.exists()
         self.values: dict = json.loads(self.path.read_text()) if exists else {}
 
-    def get(self, key: str, compute: Callable[[], float]) -> float:
+    def get(self, key: str, compute: Callable[[], object]) -> object:
         """The stored value of ``key``, or compute() stored."""
         if key not in self.values:
             self.put(key, compute())
         return self.values[key]
 
-    def put(self, key: str, value: float) -> None:
+    def put(self, key: str, value: object) -> None:
         """Store a value, in the file too, beside what another process has written there."""
         if self.path is not None and self.path.exists():
             self.values = json.loads(self.path.read_text()) | self.values

@@ -5,6 +5,7 @@ not mix with the arguments."""
 
 import pytest
 import torch
+from torch.utils._pytree import tree_map_only
 
 from fewbit import ops, reference
 
@@ -34,8 +35,8 @@ def arguments():
         "gram": (x, torch.zeros(64, 64)),
         "gptq": (w, c, 4, 32, False, "float32", "in_order", 4, h.diagonal(), None, None, None, 128),
         "coordinate_descent": (w, h, *codes, 4, 32, 1),
-        "hadamard": (x, base, signs),
-        "hadamard_quantize": (x, base, signs, 4),
+        "hadamard": (x, [base], signs),
+        "hadamard_quantize": (x, [base], signs, 4),
         "pack": (*codes, 4, 32),
         "unpack": (*packed, 20, 64, 4, 32),
         "pack_fields": (codes[0], 4, False),
@@ -60,7 +61,7 @@ def test_every_operator_is_here():
 @pytest.mark.parametrize("name", sorted(set(ops.__all__) - NEEDS_VALUES))
 def test_meta_in_meta_out(name):
     given = arguments()[name]
-    on_meta = [a.to("meta") if isinstance(a, torch.Tensor) else a for a in given]
+    on_meta = tree_map_only(torch.Tensor, lambda a: a.to("meta"), given)
     want, got = (tensors(getattr(reference, name)(*a)) for a in (given, on_meta))
     assert len(want) == len(got)
     for w, g in zip(want, got, strict=True):
@@ -70,7 +71,7 @@ def test_meta_in_meta_out(name):
 @pytest.mark.parametrize("name", ops.__all__)
 def test_new_tensors_are_made_beside_the_arguments(name):
     given, again = arguments()[name], None
-    copies = [a.clone() if isinstance(a, torch.Tensor) else a for a in given]
+    copies = tree_map_only(torch.Tensor, torch.Tensor.clone, given)
     want = tensors(getattr(reference, name)(*given))
     with torch.device("meta"):
         again = tensors(getattr(reference, name)(*copies))

@@ -10,13 +10,64 @@ namespace fewbit::bindings {
 
 namespace {
 
-std::vector<float> plus_minus(const Tensor& t, const char* name) {
-  check_dtype(t, ScalarType::Char, name);
-  const int8_t* v = data<int8_t>(t);
-  std::vector<float> out(v, v + t.numel());
-  for (const float f : out) check(f == 1 || f == -1, name, " must hold +1 and -1, got ", int(f));
-  return out;
+using Bases = std::vector<Tensor>;
+
+// Raises unless v [n] holds +1 and -1 alone.
+void check_signs(const int8_t* v, int64_t n, const char* name) {
+  bool others = false;
+  for (int64_t i = 0; i < n; ++i) others |= (v[i] != 1) & (v[i] != -1);
+  if (!others) return;
+  for (int64_t i = 0; i < n; ++i)
+    check(v[i] == 1 || v[i] == -1, name, " must hold +1 and -1, got ", int(v[i]));
 }
+
+// Whether b [m, m] is C (x) [1 1; 1 -1] - 2 I (x) [0 1; 1 0] (hadamard.h). Below 20 two tables of
+// half the rows cost more than they save.
+bool is_paired(const int8_t* b, int64_t m) {
+  if (m < 20 || m % 2 != 0) return false;
+  for (int64_t i = 0; i < m; i += 2)
+    for (int64_t o = 0; o < m; o += 2) {
+      const int8_t *first = b + i * m + o, *second = first + m;
+      const int c = first[0], rest = i == o ? -1 : c;
+      if (first[1] != rest || second[0] != rest || second[1] != -c || (i == o && c != 1))
+        return false;
+    }
+  return true;
+}
+
+// A factor of the transform, with the memory that it reads.
+struct Factor {
+  HadamardBase base;
+  Tensor matrix;
+  std::vector<uint8_t> patterns;
+  std::vector<float> products;
+
+  explicit Factor(const Tensor& given) : matrix(dense(given)) {
+    const int64_t m = matrix.size(0);
+    base = {m, false, nullptr, nullptr};
+    if (matrix.scalar_type() == ScalarType::Float) {
+      base.products = data<float>(matrix);
+      return;
+    }
+    const int8_t* b = data<int8_t>(matrix);
+    check_signs(b, m * m, "base");
+    if (m > HadamardBase::max_pattern) {
+      products.assign(b, b + m * m);
+      base.products = products.data();
+      return;
+    }
+    base.paired = is_paired(b, m);
+    const int64_t order = base.order(), step = m / order;
+    patterns.assign(base.bundles() * order, 0);
+    for (int64_t i = 0; i < order; ++i) {
+      uint8_t* to = patterns.data() + i / HadamardBase::bundle * order;
+      const int8_t* row = b + i * step * m;
+      const int shift = int(i % HadamardBase::bundle);
+      for (int64_t o = 0; o < order; ++o) to[o] |= uint8_t((row[o * step] < 0) << shift);
+    }
+    base.patterns = patterns.data();
+  }
+};
 
 // The codes of a result that is quantised at once: q int8, or words of eight 4-bit codes.
 struct Codes {
@@ -33,42 +84,49 @@ struct Codes {
 };
 
 struct Width {
-  int64_t m;
   int k;
-  double scale;  // 1 / sqrt(2^k)
+  double scale;  // 1 / sqrt(2^k), over sqrt(m) of each base of +1 and -1
 };
 
-Width width_of(const Tensor& x, const std::optional<Tensor>& base) {
+Width width_of(const Tensor& x, const Bases& bases) {
   check_matrix(x, "x", "[rows, width]");
   dtype_of(x, "x");
   const int64_t width = x.size(1);
   check(width >= 1 && width <= Hadamard::max_width, "x must be 1..", Hadamard::max_width,
         " wide, got ", width);
-  int64_t m = 1;
-  if (base) {
-    check_matrix(*base, "base", "[m, m]");
-    m = base->size(0);
-    check_shape(*base, {m, m}, "base");
-    check(m >= 1 && width % m == 0, "base must be [m, m] with m dividing the width ", width,
+  int64_t n = width;  // what the bases leave
+  double scale = 1.0;
+  for (const Tensor& base : bases) {
+    check_matrix(base, "base", "[m, m]");
+    const int64_t m = base.size(0);
+    check_shape(base, {m, m}, "base");
+    check(m >= 1 && n % m == 0, "base must be [m, m] with m dividing the width ", n,
           ", got m = ", m);
+    const bool exact = base.scalar_type() == ScalarType::Char;
+    check(exact || base.scalar_type() == ScalarType::Float,
+          "base must be int8 (+1, -1) or float32, got ",
+          torch::headeronly::toString(base.scalar_type()));
+    if (exact) scale /= std::sqrt(double(m));
+    n /= m;
   }
-  const int64_t n = width / m;
-  check((n & (n - 1)) == 0, "the width must be m 2^k, got ", width, " = ", m, " x ", n);
+  check((n & (n - 1)) == 0, "the width must be m 2^k, got ", width, " = ", width / n, " x ", n);
   int k = 0;
   while (int64_t(1) << k < n) ++k;
-  return {m, k, 1.0 / std::sqrt(double(n))};
+  return {k, scale / std::sqrt(double(n))};
 }
 
 #if FEWBIT_WITH_CUDA
-bool card_serves(const Tensor& x, const Width& w, bool codes) {
+// One base, and a row that fits a block's memory; anything else runs in plain torch.
+bool card_serves(const Tensor& x, const Bases& bases, bool codes) {
   const int64_t has = cuda::shared_memory(x.is_cuda() ? x.get_device_index() : 0);
-  return cuda::hadamard_bytes(x.size(1), codes) <= has &&
-         !(codes && w.m > cuda::most_quantized_base);
+  const int64_t m = bases.empty() ? 1 : bases[0].size(0);
+  return bases.size() <= 1 && cuda::hadamard_bytes(x.size(1), codes) <= has &&
+         !(codes && m > cuda::most_quantized_base);
 }
 
 // Values of the signs are not looked at: that would wait for the card. Into y, or `codes`.
-void run_on_card(const Tensor& x, const std::optional<Tensor>& base,
-                 const std::optional<Tensor>& signs, Width w, Tensor* y, const Codes* codes) {
+void run_on_card(const Tensor& x, const Bases& bases, const std::optional<Tensor>& signs, Width w,
+                 Tensor* y, const Codes* codes) {
   const Tensor in = dense(x);
   Tensor flips, matrix;
   if (signs) {
@@ -77,105 +135,86 @@ void run_on_card(const Tensor& x, const std::optional<Tensor>& base,
     check_beside(x, *signs, "signs");
     flips = dense(*signs);
   }
+  const bool base = !bases.empty();
   bool exact = false;
   if (base) {
-    check_beside(x, *base, "base");
-    matrix = dense(*base);
+    check_beside(x, bases[0], "base");
+    matrix = dense(bases[0]);
     exact = matrix.scalar_type() == ScalarType::Char;
-    check(exact || matrix.scalar_type() == ScalarType::Float,
-          "base must be int8 (+1, -1) or float32, got ",
-          torch::headeronly::toString(matrix.scalar_type()));
-    if (exact) w.scale /= std::sqrt(double(w.m));
   }
-  run_cuda(
-      x,
-      cuda::HadamardRows{in.const_data_ptr(), signs ? data<int8_t>(flips) : nullptr,
-                         exact ? data<int8_t>(matrix) : nullptr,
-                         base && !exact ? data<float>(matrix) : nullptr,
-                         y ? y->mutable_data_ptr() : nullptr, dtype_of(x, "x"), x.size(0), w.m, w.k,
-                         float(w.scale), codes ? mutable_data<float>(codes->scale) : nullptr,
-                         codes ? codes->bytes() : nullptr, codes ? codes->words() : nullptr},
-      codes ? "hadamard_quantize" : "hadamard");
+  run_cuda(x,
+           cuda::HadamardRows{in.const_data_ptr(), signs ? data<int8_t>(flips) : nullptr,
+                              exact ? data<int8_t>(matrix) : nullptr,
+                              base && !exact ? data<float>(matrix) : nullptr,
+                              y ? y->mutable_data_ptr() : nullptr, dtype_of(x, "x"), x.size(0),
+                              base ? matrix.size(0) : 1, w.k, float(w.scale),
+                              codes ? mutable_data<float>(codes->scale) : nullptr,
+                              codes ? codes->bytes() : nullptr, codes ? codes->words() : nullptr},
+           codes ? "hadamard_quantize" : "hadamard");
 }
 #endif
 
 // x transformed, into y of its own dtype.
-void run_on_cpu(const Tensor& x, const std::optional<Tensor>& base,
-                const std::optional<Tensor>& signs, Width w, Tensor& y) {
+void run_on_cpu(const Tensor& x, const Bases& bases, const std::optional<Tensor>& signs, Width w,
+                Tensor& y) {
+  const int64_t width = x.size(1);
   std::vector<float> flips;
   if (signs) {
-    check_shape(*signs, {x.size(1)}, "signs");
+    check_shape(*signs, {width}, "signs");
     const Tensor s = dense(*signs);
-    flips = plus_minus(s, "signs");
+    check_dtype(s, ScalarType::Char, "signs");
+    check_signs(data<int8_t>(s), width, "signs");
+    flips.assign(data<int8_t>(s), data<int8_t>(s) + width);
   }
-  const int64_t m = w.m, n = int64_t(1) << w.k;
-  std::vector<uint8_t> patterns;
-  std::vector<float> ones;
-  Tensor b;
-  const float* products = nullptr;
-  if (base) {
-    b = dense(*base);
-    if (b.scalar_type() == ScalarType::Char) {
-      w.scale /= std::sqrt(double(m));
-      ones = plus_minus(b, "base");
-      if (n >= Hadamard::lanes && m <= 1024) {
-        const int64_t bundles = (m + Hadamard::bundle - 1) / Hadamard::bundle;
-        patterns.assign(m * bundles, 0);
-        for (int64_t i = 0; i < m; ++i)
-          for (int64_t o = 0; o < m; ++o)
-            patterns[o * bundles + i / 4] |= uint8_t((ones[i * m + o] < 0) << (i % 4));
-      } else {
-        products = ones.data();
-      }
-    } else {
-      check(b.scalar_type() == ScalarType::Float, "base must be int8 (+1, -1) or float32, got ",
-            torch::headeronly::toString(b.scalar_type()));
-      products = data<float>(b);
-    }
-  }
+  std::vector<Factor> factors;
+  std::vector<HadamardBase> given;
+  factors.reserve(bases.size());
+  for (const Tensor& base : bases) given.push_back(factors.emplace_back(base).base);
   const Tensor in = dense(x);
-  run(Hadamard{in.const_data_ptr(), signs ? flips.data() : nullptr,
-               patterns.empty() ? nullptr : patterns.data(), products, y.mutable_data_ptr(),
-               dtype_of(x, "x"), x.size(0), m, w.k, float(w.scale)},
-      grain_for(x.size(1)));
+  const DType dtype = dtype_of(x, "x");
+  const int64_t row_bytes = width * size_of(dtype);
+  run(Hadamard{in.const_data_ptr(), signs ? flips.data() : nullptr, given.data(),
+               int64_t(given.size()), y.mutable_data_ptr(), dtype, x.size(0), width, w.k,
+               float(w.scale), past_caches(y, row_bytes, row_bytes)},
+      grain_for(width));
 }
 
 }  // namespace
 
-Tensor hadamard(const Tensor& x, std::optional<Tensor> base, std::optional<Tensor> signs) {
-  const Width w = width_of(x, base);
+Tensor hadamard(const Tensor& x, Bases bases, std::optional<Tensor> signs) {
+  const Width w = width_of(x, bases);
 #if FEWBIT_WITH_CUDA
   if (architecture_of(x) != 0) {
-    if (!card_serves(x, w, false)) return call_plain("fewbit_plain::hadamard", x, base, signs);
+    if (!card_serves(x, bases, false)) return call_plain("fewbit_plain::hadamard", x, bases, signs);
     Tensor y = empty_on(x, {x.size(0), x.size(1)}, x.scalar_type());
-    run_on_card(x, base, signs, w, &y, nullptr);
+    run_on_card(x, bases, signs, w, &y, nullptr);
     return y;
   }
 #endif
   Tensor y = empty({x.size(0), x.size(1)}, x.scalar_type());
-  run_on_cpu(x, base, signs, w, y);
+  run_on_cpu(x, bases, signs, w, y);
   return y;
 }
 
-std::tuple<Tensor, Tensor> hadamard_quantize(const Tensor& x, std::optional<Tensor> base,
+std::tuple<Tensor, Tensor> hadamard_quantize(const Tensor& x, Bases bases,
                                              std::optional<Tensor> signs, int64_t bits) {
-  const Width w = width_of(x, base);
+  const Width w = width_of(x, bases);
   check(bits == 4 || bits == 8, "bits must be 4 or 8, got ", bits);
   check(bits == 8 || x.size(1) % 8 == 0, "4-bit codes are stored by eights: the width must be a ",
         "multiple of 8, got ", x.size(1));
 #if FEWBIT_WITH_CUDA
   if (architecture_of(x) != 0) {
-    if (!card_serves(x, w, true))
-      return call_plain<2>("fewbit_plain::hadamard_quantize", x, base, signs, bits);
+    if (!card_serves(x, bases, true))
+      return call_plain<2>("fewbit_plain::hadamard_quantize", x, bases, signs, bits);
     const Codes codes(x, int(bits));
-    run_on_card(x, base, signs, w, nullptr, &codes);
+    run_on_card(x, bases, signs, w, nullptr, &codes);
     return {codes.q, codes.scale};
   }
 #endif
   const Codes codes(x, int(bits));
   const Tensor in = as_float(x);
   Tensor y = empty({x.size(0), x.size(1)}, ScalarType::Float);
-  run_on_cpu(in, base, signs, w, y);
+  run_on_cpu(in, bases, signs, w, y);
   const Scratch<int32_t> zero(x.size(0));
   quantize_tokens(y, true, std::nullopt, std::nullopt, nullptr, codes.bytes(),
                   mutable_data<float>(codes.scale), zero.get<0>(), int(bits), codes.words());
@@ -183,9 +222,9 @@ std::tuple<Tensor, Tensor> hadamard_quantize(const Tensor& x, std::optional<Tens
 }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fewbit, m) {
-  m.def("hadamard(Tensor x, Tensor? base, Tensor? signs) -> Tensor");
+  m.def("hadamard(Tensor x, Tensor[] bases, Tensor? signs) -> Tensor");
   m.def(
-      "hadamard_quantize(Tensor x, Tensor? base, Tensor? signs, int bits)"
+      "hadamard_quantize(Tensor x, Tensor[] bases, Tensor? signs, int bits)"
       " -> (Tensor q, Tensor scale)");
 }
 FEWBIT_OP(hadamard)

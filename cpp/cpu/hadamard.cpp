@@ -8,6 +8,31 @@ constexpr int64_t block = 4096;  // floats whose butterflies stay in L1
 constexpr int lane_stages = F32::width == 16 ? 4 : F32::width == 8 ? 3 : 0;
 // Butterflies that one pass over memory does: 2^radix vectors are held in registers.
 constexpr int max_radix = F32::width == 16 ? 4 : 3;
+constexpr int64_t few = 16;  // columns that every step of a base can take
+
+// Asks for the next row, a few lines at a time while this one is computed: otherwise memory would
+// rest until the row is done.
+struct Ahead {
+  const char* at;
+  const char* end;
+  FEWBIT_INLINE_MEMBER void step(int lines) {
+    for (int i = 0; i < lines && at < end; ++i, at += line) __builtin_prefetch(at, 0, 2);
+  }
+};
+
+// Where results go: times `scale`, and past the caches if they are float32 and `past`.
+struct Finish {
+  float scale;
+  bool past;
+  template <class T>
+  FEWBIT_INLINE_MEMBER void put(F32 v, T* to) const {
+    if (scale != 1.0f) v = v * F32::set(scale);
+    if constexpr (sizeof(T) == 4)
+      if (past) return v.stream(to);
+    v.store(to);
+  }
+};
+constexpr Finish keep{1.0f, false};
 
 // Butterflies across count vectors, on strides half, 2 half, .. count / 2.
 template <int count, int half>
@@ -28,7 +53,7 @@ FEWBIT_INLINE void across(F32 (&v)[count]) {
 // inside a vector come first (and the strides start at one vector).
 template <int radix, bool lanes, class In, class Out>
 FEWBIT_INLINE void pass(const In* in, Out* out, int64_t n, int64_t first, const float* signs,
-                        float scale) {
+                        Finish finish, Ahead& ahead) {
   constexpr int count = 1 << radix;
   for (int64_t b = 0; b < n; b += first * count) {
     for (int64_t j = b; j < b + first; j += F32::width) {
@@ -38,37 +63,35 @@ FEWBIT_INLINE void pass(const In* in, Out* out, int64_t n, int64_t first, const 
         v[r] = F32::load(in + j + r * first);
         if constexpr (lanes) {
           if (signs) v[r] = v[r] * F32::load(signs + j + r * first);
-          v[r] = butterflies(v[r]);
+          v[r] = butterflies<lane_stages>(v[r]);
         }
       }
+      if constexpr (!lanes) ahead.step(count * F32::width / 16);
       across<count, 1>(v);
 #pragma GCC unroll 16
-      for (int r = 0; r < count; ++r) {
-        if (scale != 1.0f) v[r] = v[r] * F32::set(scale);
-        v[r].store(out + j + r * first);
-      }
+      for (int r = 0; r < count; ++r) finish.put(v[r], out + j + r * first);
     }
   }
 }
 
 template <bool lanes, class In, class Out>
 FEWBIT_INLINE void pass_of(int radix, const In* in, Out* out, int64_t n, int64_t first,
-                           const float* signs, float scale) {
+                           const float* signs, Finish finish, Ahead& ahead) {
   switch (radix) {
-    case 0: pass<0, lanes>(in, out, n, first, signs, scale); break;
-    case 1: pass<1, lanes>(in, out, n, first, signs, scale); break;
-    case 2: pass<2, lanes>(in, out, n, first, signs, scale); break;
-    case 3: pass<3, lanes>(in, out, n, first, signs, scale); break;
+    case 0: pass<0, lanes>(in, out, n, first, signs, finish, ahead); break;
+    case 1: pass<1, lanes>(in, out, n, first, signs, finish, ahead); break;
+    case 2: pass<2, lanes>(in, out, n, first, signs, finish, ahead); break;
+    case 3: pass<3, lanes>(in, out, n, first, signs, finish, ahead); break;
     case 4:
-      if constexpr (max_radix >= 4) pass<4, lanes>(in, out, n, first, signs, scale);
+      if constexpr (max_radix >= 4) pass<4, lanes>(in, out, n, first, signs, finish, ahead);
       break;
   }
 }
 
-// x H_{2^k} of one stretch, unnormalised but times `scale`; 2^k >= Hadamard::lanes.
+// x H_{2^k} of one stretch, unnormalised; 2^k >= F32::width.
 template <class In, class Out>
 static void sylvester(const In* in, float* buffer, Out* out, int k, const float* signs,
-                      float scale) {
+                      Finish finish, Ahead& ahead) {
   const int64_t n = int64_t(1) << k;
   const int64_t part = n < block ? n : block;
   int stages = k - lane_stages;  // strides of one vector and more
@@ -84,14 +107,15 @@ static void sylvester(const In* in, float* buffer, Out* out, int k, const float*
       const int radix = (left + passes - 1) / passes;
       left -= radix;
       const bool last = left == 0 && part == n;
+      const float* s = signs ? signs + b : signs;
       if (!begun && last)
-        pass_of<true>(radix, in + b, out + b, part, first, signs, scale);
+        pass_of<true>(radix, in + b, out + b, part, first, s, finish, ahead);
       else if (!begun)
-        pass_of<true>(radix, in + b, buffer + b, part, first, signs ? signs + b : signs, 1.0f);
+        pass_of<true>(radix, in + b, buffer + b, part, first, s, keep, ahead);
       else if (last)
-        pass_of<false>(radix, buffer + b, out + b, part, first, nullptr, scale);
+        pass_of<false>(radix, buffer + b, out + b, part, first, nullptr, finish, ahead);
       else
-        pass_of<false>(radix, buffer + b, buffer + b, part, first, nullptr, 1.0f);
+        pass_of<false>(radix, buffer + b, buffer + b, part, first, nullptr, keep, ahead);
       first <<= radix;
       begun = true;
     } while (left > 0);
@@ -100,138 +124,275 @@ static void sylvester(const In* in, float* buffer, Out* out, int k, const float*
     const int radix = stages < max_radix ? stages : max_radix;
     stages -= radix;
     if (stages == 0)
-      pass_of<false>(radix, buffer, out, n, first, nullptr, scale);
+      pass_of<false>(radix, buffer, out, n, first, nullptr, finish, ahead);
     else
-      pass_of<false>(radix, buffer, buffer, n, first, nullptr, 1.0f);
+      pass_of<false>(radix, buffer, buffer, n, first, nullptr, keep, ahead);
     first <<= radix;
   }
 }
 
+// The same for 2^k below a vector, on all stretches of a row.
+template <int k, class T>
+static void short_sylvester(const T* x, float* z, int64_t width, const float* signs) {
+  int64_t i = 0;
+  for (; i + F32::width <= width; i += F32::width) {
+    F32 v = F32::load(x + i);
+    if (signs) v = v * F32::load(signs + i);
+    butterflies<k>(v).store(z + i);
+  }
+  for (int64_t j = i; j < width; ++j) z[j] = signs ? to_float(x[j]) * signs[j] : to_float(x[j]);
+  for (int64_t half = 1; half < int64_t(1) << k; half *= 2)
+    for (int64_t j = i; j < width; ++j)
+      if (!(j & half)) {
+        const float p = z[j], q = z[j + half];
+        z[j] = p + q;
+        z[j + half] = p - q;
+      }
+}
+
 // The 16 signed sums of four vectors, entry p: bit i of p set means input i is subtracted.
-FEWBIT_INLINE void tabulate(const F32 x[4], float* table, int64_t stride) {
+FEWBIT_INLINE void tabulate(const F32 (&x)[4], float* table, int64_t stride) {
   const F32 low[4] = {x[0] + x[1], x[1] - x[0], x[0] - x[1], F32::zero() - (x[0] + x[1])};
   const F32 high[4] = {x[2] + x[3], x[3] - x[2], x[2] - x[3], F32::zero() - (x[2] + x[3])};
+#pragma GCC unroll 16
   for (int p = 0; p < 16; ++p) (low[p & 3] + high[p >> 2]).store(table + p * stride);
 }
 
-// y = B^T z for the columns [c, c + width) of z [m, 2^k], B given by its sign patterns.
-template <int width, class T>
-static void by_patterns(const Hadamard& a, const float* z, T* y, int64_t c) {
-  constexpr int vectors = width / F32::width;
+// y = B^T z for `columns` columns of z, rows `from` apart, B given by its sign patterns; y, rows
+// `to` apart, may be z.
+template <int columns, bool paired, class T>
+static void by_patterns(const HadamardBase& base, const float* z, int64_t from, T* y, int64_t to,
+                        Finish finish, Ahead& ahead) {
+  constexpr int lanes = paired ? 2 * columns : columns;  // sums of pairs, then differences
+  constexpr int side = columns / F32::width, vectors = lanes / F32::width;
   constexpr int outputs = vectors >= 8 ? 1 : 8 / vectors;  // so that 8 sums are under way
-  constexpr int64_t chunk = 8;                             // bundles whose tables stay in L1
-  const int64_t n = int64_t(1) << a.k, bundles = a.bundles();
-  float tables[chunk * 16 * width];
-  float sums[1024 * width];
+  constexpr int64_t chunk = 512 / lanes;                   // bundles whose tables stay in L1
+  const int64_t order = base.order(), bundles = base.bundles();
+  alignas(64) float tables[chunk * 16 * lanes];
+  alignas(64) float sums[HadamardBase::max_pattern / (paired ? 2 : 1) * lanes];
   for (int64_t g0 = 0; g0 < bundles; g0 += chunk) {
     const int64_t count = bundles - g0 < chunk ? bundles - g0 : chunk;
     for (int64_t g = 0; g < count; ++g)
-      for (int v = 0; v < vectors; ++v) {
-        F32 x[4];
+      for (int v = 0; v < side; ++v) {
+        F32 sum[4], difference[4];
+        float* table = tables + g * 16 * lanes + v * F32::width;
         for (int i = 0; i < 4; ++i) {
-          const int64_t row =
-              (g0 + g) * 4 + i;  // m = 1, 2 and multiples of 4: 2 has a short bundle
-          x[i] = row < a.m ? F32::load(z + row * n + c + v * F32::width) : F32::zero();
+          const int64_t r = (g0 + g) * 4 + i;
+          const float* row = z + (paired ? 2 * r : r) * from + v * F32::width;
+          sum[i] = r < order ? F32::load(row) : F32::zero();
+          if constexpr (paired) {
+            const F32 second = r < order ? F32::load(row + from) : F32::zero();
+            difference[i] = sum[i] - second;
+            sum[i] = sum[i] + second;
+          }
         }
-        tabulate(x, tables + g * 16 * width + v * F32::width, width);
+        tabulate(sum, table, lanes);
+        if constexpr (paired) tabulate(difference, table + columns, lanes);
       }
-    const bool start = g0 == 0, finish = g0 + count == bundles;
-    for (int64_t o = 0; o < a.m; o += outputs) {
-      const int64_t here = a.m - o < outputs ? a.m - o : outputs;
-      const uint8_t* pattern[outputs];
+    const bool start = g0 == 0, end = g0 + count == bundles;
+    for (int64_t o = 0; o < order; o += outputs) {
+      const int64_t here = order - o < outputs ? order - o : outputs;
+      const uint8_t* pattern = base.patterns + g0 * order + o;
       F32 sum[outputs][vectors];
-      for (int i = 0; i < outputs; ++i) {
-        const int64_t row = i < here ? o + i : o;
-        pattern[i] = a.patterns + row * bundles + g0;
+      for (int i = 0; i < outputs; ++i)
         for (int v = 0; v < vectors; ++v)
-          sum[i][v] = start ? F32::zero() : F32::load(sums + row * width + v * F32::width);
-      }
-      for (int64_t g = 0; g < count; ++g)
+          sum[i][v] =
+              start || i >= here ? F32::zero() : F32::load(sums + (o + i) * lanes + v * F32::width);
+      for (int64_t g = 0; g < count; ++g, pattern += order)
+#pragma GCC unroll 8
         for (int i = 0; i < outputs; ++i) {
-          const float* entry = tables + (g * 16 + pattern[i][g]) * width;
+          const int64_t p = pattern[i < here ? i : 0];
+          const float* entry = tables + (g * 16 + p) * lanes;
+#pragma GCC unroll 8
           for (int v = 0; v < vectors; ++v)
             sum[i][v] = sum[i][v] + F32::load(entry + v * F32::width);
         }
+      if (end) ahead.step(outputs * lanes / 16);
       for (int i = 0; i < here; ++i)
         for (int v = 0; v < vectors; ++v) {
-          if (finish)
-            (sum[i][v] * F32::set(a.scale)).store(y + (o + i) * n + c + v * F32::width);
-          else
-            sum[i][v].store(sums + (o + i) * width + v * F32::width);
+          if (!end) {
+            sum[i][v].store(sums + (o + i) * lanes + v * F32::width);
+          } else if constexpr (!paired) {
+            finish.put(sum[i][v], y + (o + i) * to + v * F32::width);
+          } else if (v < side) {  // less twice the other of the pair, read before either is written
+            const F32 minus = F32::set(-2.0f);
+            const float* pair = z + 2 * (o + i) * from + v * F32::width;
+            const F32 first = F32::load(pair), second = F32::load(pair + from);
+            T* at = y + 2 * (o + i) * to + v * F32::width;
+            finish.put(fma(second, minus, sum[i][v]), at);
+            finish.put(fma(first, minus, sum[i][v + side]), at + to);
+          }
         }
     }
   }
 }
 
-// y = B^T z by multiply-adds, the outputs of one column of z [m, 2^k] across the lanes.
-template <class T>
-static void by_products(const Hadamard& a, const float* z, float* column, T* y) {
-  const int64_t n = int64_t(1) << a.k, m = a.m;
-  constexpr int across = 4;
-  for (int64_t c = 0; c < n; ++c) {
-    int64_t o = 0;
-    for (; o + across * F32::width <= m; o += across * F32::width) {
-      F32 sum[across];
-      for (int v = 0; v < across; ++v) sum[v] = F32::zero();
-      for (int64_t i = 0; i < m; ++i) {
-        const F32 x = F32::set(z[i * n + c]);
-        for (int v = 0; v < across; ++v)
-          sum[v] = fma(x, F32::load(a.base + i * m + o + v * F32::width), sum[v]);
+// y = B^T z by multiply-adds, for columns and rows as above; y is not z.
+template <int columns, class T>
+static void by_products(const HadamardBase& base, const float* z, int64_t from, T* y, int64_t to,
+                        Finish finish, Ahead& ahead) {
+  constexpr int vectors = columns / F32::width;
+  constexpr int outputs = vectors >= 8 ? 1 : vectors == 4 ? 4 : 8 / vectors;
+  const int64_t m = base.m;
+  for (int64_t o = 0; o < m; o += outputs) {
+    const int64_t here = m - o < outputs ? m - o : outputs;
+    F32 sum[outputs][vectors];
+    for (int i = 0; i < outputs; ++i)
+      for (int v = 0; v < vectors; ++v) sum[i][v] = F32::zero();
+    for (int64_t r = 0; r < m; ++r) {
+      F32 x[vectors];
+      for (int v = 0; v < vectors; ++v) x[v] = F32::load(z + r * from + v * F32::width);
+#pragma GCC unroll 8
+      for (int i = 0; i < outputs; ++i) {
+        const F32 b = F32::set(base.products[r * m + o + (i < here ? i : 0)]);
+#pragma GCC unroll 8
+        for (int v = 0; v < vectors; ++v) sum[i][v] = fma(x[v], b, sum[i][v]);
       }
-      for (int v = 0; v < across; ++v) sum[v].store(column + o + v * F32::width);
     }
+    ahead.step(outputs * columns / 16);
+    for (int i = 0; i < here; ++i)
+      for (int v = 0; v < vectors; ++v) finish.put(sum[i][v], y + (o + i) * to + v * F32::width);
+  }
+}
+
+// The same with the outputs of one column across the lanes, for columns that lie apart.
+template <class T>
+static void by_column(const HadamardBase& base, const float* z, int64_t inner, float* column, T* y,
+                      float scale) {
+  const int64_t m = base.m;
+  for (int64_t c = 0; c < inner; ++c) {
+    int64_t o = 0;
     for (; o + F32::width <= m; o += F32::width) {
       F32 sum = F32::zero();
       for (int64_t i = 0; i < m; ++i)
-        sum = fma(F32::set(z[i * n + c]), F32::load(a.base + i * m + o), sum);
+        sum = fma(F32::set(z[i * inner + c]), F32::load(base.products + i * m + o), sum);
       sum.store(column + o);
     }
     for (; o < m; ++o) {
       float sum = 0.0f;
-      for (int64_t i = 0; i < m; ++i) sum = __builtin_fmaf(z[i * n + c], a.base[i * m + o], sum);
+      for (int64_t i = 0; i < m; ++i)
+        sum = __builtin_fmaf(z[i * inner + c], base.products[i * m + o], sum);
       column[o] = sum;
     }
-    for (int64_t i = 0; i < m; ++i) from_float(column[i] * a.scale, y + i * n + c);
+    for (int64_t i = 0; i < m; ++i) from_float(column[i] * scale, y + i * inner + c);
   }
+}
+
+// Columns of one matrix [m, inner] that lie side by side, as many at a time as tables allow.
+template <class T>
+static void side_by_side(const HadamardBase& base, const float* z, int64_t inner, T* y,
+                         Finish finish, Ahead& ahead) {
+  for (int64_t c = 0; c < inner;) {
+    const auto step = [&](auto run, int columns) {
+      run(base, z + c, inner, y + c, inner, finish, ahead);
+      c += columns;
+    };
+    const int64_t left = inner - c;
+    // Wide tables where all of them stay in L1: a pattern is read once for more columns.
+    const int wide = base.bundles() <= 8 ? 64 : 32;
+    if (!base.patterns && left >= 64)
+      step(by_products<64, T>, 64);
+    else if (!base.patterns)
+      step(by_products<few, T>, few);
+    else if (base.paired && wide == 64 && left >= 32)
+      step(by_patterns<32, true, T>, 32);
+    else if (base.paired)
+      step(by_patterns<few, true, T>, few);
+    else if (wide == 64 && left >= 64)
+      step(by_patterns<64, false, T>, 64);
+    else if (left >= 32)
+      step(by_patterns<32, false, T>, 32);
+    else
+      step(by_patterns<few, false, T>, few);
+  }
+}
+
+// Columns of all matrices [outer, m, inner], brought together `few` at a time. run: this many
+// neighbours stay together.
+template <int run, class T>
+static void brought_together(const HadamardBase& base, const float* z, int64_t outer, int64_t inner,
+                             T* y, float scale, Ahead& ahead) {
+  alignas(64) float panel[HadamardBase::max_pattern * few];
+  const int64_t m = base.m;
+  for (int64_t j = 0; j < outer * inner; j += few) {
+    int64_t place[few / run];
+    const int64_t left = outer * inner - j;
+    const int64_t runs = (left < few ? left : few) / run;
+    for (int64_t r = 0; r < runs; ++r)
+      place[r] = (j + r * run) / inner * m * inner + (j + r * run) % inner;
+    if (left < few) __builtin_memset(panel, 0, size_t(m * few * 4));
+    for (int64_t i = 0; i < m; ++i)
+      for (int64_t r = 0; r < runs; ++r)
+        __builtin_memcpy(panel + i * few + r * run, z + place[r] + i * inner, run * 4);
+    if (base.paired)
+      by_patterns<few, true>(base, panel, few, panel, few, {scale, false}, ahead);
+    else
+      by_patterns<few, false>(base, panel, few, panel, few, {scale, false}, ahead);
+    for (int64_t i = 0; i < m; ++i)
+      for (int64_t r = 0; r < runs; ++r)
+        for (int e = 0; e < run; ++e)
+          from_float(panel[i * few + r * run + e], y + place[r] + i * inner + e);
+  }
+}
+
+template <class T>
+static void apply(const HadamardBase& base, const float* z, int64_t width, int64_t inner, T* y,
+                  Finish finish, Ahead& ahead) {
+  alignas(64) float column[Hadamard::max_width];
+  const int64_t matrix = base.m * inner;
+  if (inner % few == 0)
+    for (int64_t b = 0; b < width; b += matrix)
+      side_by_side(base, z + b, inner, y + b, finish, ahead);
+  else if (!base.patterns)
+    for (int64_t b = 0; b < width; b += matrix)
+      by_column(base, z + b, inner, column, y + b, finish.scale);
+  else if (inner % 8 == 0)
+    brought_together<8>(base, z, width / matrix, inner, y, finish.scale, ahead);
+  else if (inner % 4 == 0)
+    brought_together<4>(base, z, width / matrix, inner, y, finish.scale, ahead);
+  else
+    brought_together<1>(base, z, width / matrix, inner, y, finish.scale, ahead);
 }
 
 template <class T>
 static void rows(const Hadamard& a, int64_t begin, int64_t end) {
   alignas(64) float z[Hadamard::max_width];
-  alignas(64) float column[Hadamard::max_width];
-  const int64_t n = int64_t(1) << a.k, width = a.m << a.k;
+  alignas(64) float spare[Hadamard::max_width];  // by_products cannot write where it reads
+  const int64_t n = int64_t(1) << a.k;
+  const Finish finish{a.scale, a.past};
   for (int64_t r = begin; r < end; ++r) {
-    const T* x = static_cast<const T*>(a.x) + r * width;
-    T* y = static_cast<T*>(a.y) + r * width;
-    if (n < Hadamard::lanes) {  // butterflies one number at a time, then B
-      for (int64_t i = 0; i < width; ++i)
-        z[i] = a.signs ? to_float(x[i]) * a.signs[i] : to_float(x[i]);
-      for (int64_t half = 1; half < n; half *= 2)
-        for (int64_t i = 0; i < width; ++i)
-          if (!(i & half)) {
-            const float p = z[i], q = z[i + half];
-            z[i] = p + q;
-            z[i + half] = p - q;
-          }
-      if (a.base)
-        by_products(a, z, column, y);
+    const T* x = static_cast<const T*>(a.x) + r * a.width;
+    T* y = static_cast<T*>(a.y) + r * a.width;
+    Ahead ahead{(const char*)(x + a.width), (const char*)(x + (r + 1 < end ? 2 : 1) * a.width)};
+    if (a.k < lane_stages) {
+      if (a.k == 0)
+        short_sylvester<0>(x, z, a.width, a.signs);
+      else if (a.k == 1)
+        short_sylvester<1>(x, z, a.width, a.signs);
+      else if (a.k == 2)
+        short_sylvester<2>(x, z, a.width, a.signs);
       else
-        for (int64_t i = 0; i < width; ++i) from_float(z[i] * a.scale, y + i);
-      continue;
+        short_sylvester<3>(x, z, a.width, a.signs);
+      if (a.count == 0)
+        for (int64_t i = 0; i < a.width; ++i) from_float(z[i] * a.scale, y + i);
+    } else if (a.count == 0) {
+      sylvester(x, z, y, a.k, a.signs, finish, ahead);
+    } else {
+      for (int64_t b = 0; b < a.width; b += n)
+        sylvester(x + b, z + b, z + b, a.k, a.signs ? a.signs + b : a.signs, keep, ahead);
     }
-    if (!a.base && !a.patterns) {
-      sylvester(x, z, y, a.k, a.signs, a.scale);
-      continue;
+    float* from = z;
+    int64_t inner = n;
+    for (int64_t i = a.count - 1; i >= 0; inner *= a.bases[i--].m) {
+      float* to = a.bases[i].patterns ? from : from == z ? spare : z;
+      if (i == 0)
+        apply(a.bases[i], from, a.width, inner, y, finish, ahead);
+      else
+        apply(a.bases[i], from, a.width, inner, to, keep, ahead);
+      from = to;
     }
-    for (int64_t i = 0; i < a.m; ++i)
-      sylvester(x + i * n, z + i * n, z + i * n, a.k, a.signs ? a.signs + i * n : a.signs, 1.0f);
-    if (a.base)
-      by_products(a, z, column, y);
-    else if (n >= 32)
-      for (int64_t c = 0; c < n; c += 32) by_patterns<32>(a, z, y, c);
-    else
-      by_patterns<16>(a, z, y, 0);
   }
+  if (a.past) stream_end();
 }
 
 void kernel(const Hadamard& a, int64_t begin, int64_t end) {

@@ -55,6 +55,8 @@ struct F32 {
     return {_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)))};
   }
   FEWBIT_INLINE_MEMBER void store(float* p) const { _mm512_storeu_ps(p, v); }
+  // Past the caches, to an aligned vector; stream_end() before others may read it.
+  FEWBIT_INLINE_MEMBER void stream(float* p) const { _mm512_stream_ps(p, v); }
   FEWBIT_INLINE_MEMBER void store(Half* p) const {
     _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
   }
@@ -98,17 +100,19 @@ FEWBIT_INLINE float lane(F32 a, int i) {
 FEWBIT_INLINE float reduce_min(F32 a) { return _mm512_reduce_min_ps(a.v); }  // of no NaN
 FEWBIT_INLINE float reduce_max(F32 a) { return _mm512_reduce_max_ps(a.v); }
 
-// Butterflies inside a vector, on strides 1, 2, .. width / 2: lane i becomes a[i] + a[i + stride],
-// lane i + stride becomes a[i] - a[i + stride].
+// Butterflies inside a vector, on strides 1, 2, .. 2^(stages - 1): lane i becomes a[i] + a[i +
+// stride], lane i + stride becomes a[i] - a[i + stride]. Products by +1 and -1 are exact: one
+// rounding each.
+template <int stages>
 FEWBIT_INLINE F32 butterflies(F32 a) {
-  const __m512 minus = _mm512_set1_ps(-0.0f);
   const auto step = [&](__m512 swapped, __mmask16 second) {
-    a.v = _mm512_add_ps(swapped, _mm512_mask_xor_ps(a.v, second, a.v, minus));
+    const __m512 sign = _mm512_mask_blend_ps(second, _mm512_set1_ps(1), _mm512_set1_ps(-1));
+    a.v = _mm512_fmadd_ps(a.v, sign, swapped);
   };
-  step(_mm512_permute_ps(a.v, 0xB1), 0xAAAA);
-  step(_mm512_permute_ps(a.v, 0x4E), 0xCCCC);
-  step(_mm512_shuffle_f32x4(a.v, a.v, 0xB1), 0xF0F0);
-  step(_mm512_shuffle_f32x4(a.v, a.v, 0x4E), 0xFF00);
+  if constexpr (stages > 0) step(_mm512_permute_ps(a.v, 0xB1), 0xAAAA);
+  if constexpr (stages > 1) step(_mm512_permute_ps(a.v, 0x4E), 0xCCCC);
+  if constexpr (stages > 2) step(_mm512_shuffle_f32x4(a.v, a.v, 0xB1), 0xF0F0);
+  if constexpr (stages > 3) step(_mm512_shuffle_f32x4(a.v, a.v, 0x4E), 0xFF00);
   return a;
 }
 
@@ -255,6 +259,7 @@ struct F32 {
     return {_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)))};
   }
   FEWBIT_INLINE_MEMBER void store(float* p) const { _mm256_storeu_ps(p, v); }
+  FEWBIT_INLINE_MEMBER void stream(float* p) const { _mm256_stream_ps(p, v); }
   FEWBIT_INLINE_MEMBER void store(Half* p) const {
     _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
   }
@@ -309,13 +314,15 @@ FEWBIT_INLINE float reduce_max(F32 a) {
   return -reduce_min({_mm256_sub_ps(_mm256_setzero_ps(), a.v)});
 }
 
+template <int stages>
 FEWBIT_INLINE F32 butterflies(F32 a) {
-  const auto step = [&](__m256 swapped, __m256 minus) {
-    a.v = _mm256_add_ps(swapped, _mm256_xor_ps(a.v, minus));
-  };
-  step(_mm256_permute_ps(a.v, 0xB1), _mm256_setr_ps(0, -0.0f, 0, -0.0f, 0, -0.0f, 0, -0.0f));
-  step(_mm256_permute_ps(a.v, 0x4E), _mm256_setr_ps(0, 0, -0.0f, -0.0f, 0, 0, -0.0f, -0.0f));
-  step(_mm256_permute2f128_ps(a.v, a.v, 1), _mm256_setr_ps(0, 0, 0, 0, -0.0f, -0.0f, -0.0f, -0.0f));
+  const auto step = [&](__m256 swapped, __m256 sign) { a.v = _mm256_fmadd_ps(a.v, sign, swapped); };
+  if constexpr (stages > 0)
+    step(_mm256_permute_ps(a.v, 0xB1), _mm256_setr_ps(1, -1, 1, -1, 1, -1, 1, -1));
+  if constexpr (stages > 1)
+    step(_mm256_permute_ps(a.v, 0x4E), _mm256_setr_ps(1, 1, -1, -1, 1, 1, -1, -1));
+  if constexpr (stages > 2)
+    step(_mm256_permute2f128_ps(a.v, a.v, 1), _mm256_setr_ps(1, 1, 1, 1, -1, -1, -1, -1));
   return a;
 }
 
@@ -421,6 +428,7 @@ struct F32 {
   FEWBIT_INLINE_MEMBER void store(T* p) const {
     from_float(v, p);
   }
+  FEWBIT_INLINE_MEMBER void stream(float* p) const { *p = v; }
   FEWBIT_INLINE_MEMBER void store(uint8_t* p) const { *p = uint8_t(v); }
   FEWBIT_INLINE_MEMBER void store(int8_t* p) const { *p = int8_t(v); }
 };
@@ -440,7 +448,10 @@ FEWBIT_INLINE bool all_less(F32 a, F32 b) { return a.v < b.v; }
 FEWBIT_INLINE float lane(F32 a, int) { return a.v; }
 FEWBIT_INLINE float reduce_min(F32 a) { return a.v; }
 FEWBIT_INLINE float reduce_max(F32 a) { return a.v; }
-FEWBIT_INLINE F32 butterflies(F32 a) { return a; }
+template <int>
+FEWBIT_INLINE F32 butterflies(F32 a) {
+  return a;
+}
 
 struct F64 {
   static constexpr int width = 1;

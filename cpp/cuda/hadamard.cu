@@ -61,7 +61,7 @@ FEWBIT_DEVICE void base_column(const HadamardRows& a, const float* z, int n, int
       if (i < m && o + j < m) s.v[j] = a.signs_base[i * m + o + j];
     return s;
   };
-  if (a.signs_base && n >= Hadamard::lanes && m <= 1024) {  // four rows at a time, as on the CPU
+  if (a.signs_base && m <= HadamardBase::max_pattern) {  // four rows at a time
     for (int i = 0; i < m; i += 4) {
       const float x[4] = {value(i), value(i + 1), value(i + 2), value(i + 3)};
       Vector<int8_t, 4> s[4];

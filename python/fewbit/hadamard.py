@@ -1,18 +1,18 @@
 """Hadamard matrices of every order that a short construction reaches, and what stands in elsewhere.
 
 A Hadamard matrix H [n, n] has entries +1 and -1 and H H^T = n I; orders are 1, 2 and multiples
-of 4. ``base(m)`` tries, in this order: Sylvester's doubling; Paley I and II over any finite field
-(R. Paley, On orthogonal matrices, 1933); the Goethals-Seidel array over four circulant rows
-(J. Goethals, J. Seidel, A skew Hadamard matrix of order 36, 1970), of which Williamson's array
-is the symmetric case; Kronecker products of those. ``plan(n)`` writes a width n as m * 2^k for
-the fast transform. The width that no construction reaches gets a Hartley matrix, orthogonal and
-flat within a factor sqrt(2), as its factor m.
+of 4. There are Sylvester's doubling; Paley II and I over any finite field (R. Paley, On orthogonal
+matrices, 1933); the Goethals-Seidel array over four circulant rows (J. Goethals, J. Seidel, A skew
+Hadamard matrix of order 36, 1970), of which Williamson's array is the symmetric case; and Kronecker
+products of those. ``plan(n)`` writes a width n as the product m_1 m_2 .. 2^k of orders that costs
+the fast transform least. The width that no construction reaches gets a Hartley matrix, orthogonal
+and flat within a factor sqrt(2), in their place.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -105,40 +105,40 @@ def _single(n: int) -> Tensor | None:
         for _ in range(n.bit_length() - 1):
             h = torch.cat([torch.cat([h, h], dim=1), torch.cat([h, -h], dim=1)])
         return h
-    for construction in (_paley_1, _paley_2, _goethals_seidel):
+    for construction in (_paley_2, _paley_1, _goethals_seidel):  # the fastest to apply first
         h = construction(n)
         if h is not None:
             return h
     return None
 
 
-def _reachable(n: int) -> bool:
-    """Whether ``_single(n)`` is not None, without building anything."""
+def _additions(n: int) -> float:
+    """What a single construction costs the fast transform for an output (hadamard.h); infinity
+    where there is none. Nothing is built."""
     q = n // 2 - 1
-    return (
-        n & (n - 1) == 0
-        or (n % 4 == 0 and _prime_power(n - 1) is not None)
-        or (n % 4 == 0 and q % 4 == 1 and _prime_power(q) is not None)
-        or (n % 4 == 0 and n // 4 in ROWS)
-    )
+    if q % 4 == 1 and _prime_power(q) is not None:
+        return n / 8 if n >= 20 else n / 4
+    if _prime_power(n - 1) is not None or n // 4 in ROWS:
+        return n / 4
+    return math.inf
 
 
-def _split(n: int) -> tuple[int, ...] | None:
-    """Orders of single constructions whose Kronecker product is n; the fewest that do."""
-    if _reachable(n):
-        return (n,)
-    best: tuple[int, ...] | None = None
-    for a in range(2, math.isqrt(n) + 1):
-        if n % a == 0 and (a == 2 or a % 4 == 0) and _reachable(a):
-            rest = _split(n // a)
-            if rest is not None and (best is None or len(rest) + 1 < len(best)):
-                best = (a, *rest)
-    return best
+def _factorings(odd: int, twos: int, most: int) -> Iterator[tuple[int, ...]]:
+    """Orders of single constructions, odd parts falling from ``most``, whose product is
+    ``odd`` 2^j for a j of at most ``twos``."""
+    if odd == 1:
+        yield ()
+    for part in range(3, min(odd, most) + 1, 2):
+        if odd % part == 0:
+            for j in range(2, twos + 1):
+                if _additions(part << j) < math.inf:
+                    for rest in _factorings(odd // part, twos - j, part):
+                        yield (part << j, *rest)
 
 
 def is_constructible(n: int) -> bool:
     """Whether ``hadamard_matrix(n)`` exists here."""
-    return n in (1, 2) or (n > 2 and n % 4 == 0 and _split(n) is not None)
+    return n >= 1 and plan(n).exact
 
 
 def hadamard_matrix(n: int) -> Tensor:
@@ -152,10 +152,10 @@ def hadamard_matrix(n: int) -> Tensor:
     if not is_constructible(n):
         why = "no construction here reaches it" if n % 4 == 0 else "it is not a multiple of 4"
         raise UnsupportedError(f"there is no Hadamard matrix of order {n}: {why}")
-    h = torch.ones(1, 1, dtype=torch.int64)
-    for order in _split(n):
-        h = torch.kron(h, _single(order))
-    return h.to(torch.int8)
+    h = torch.ones(1, 1, dtype=torch.int8)
+    for base in (*plan(n).bases(), _single(1 << plan(n).k).to(torch.int8)):
+        h = torch.kron(h, base)
+    return h
 
 
 def hartley_matrix(m: int) -> Tensor:
@@ -170,49 +170,69 @@ def hartley_matrix(m: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Plan:
-    """A width n = m * 2^k and its orthogonal matrix ``base`` (x) H_{2^k} / sqrt(2^k).
+    """A width n = m * 2^k, m the product of ``orders``, and its orthogonal matrix B_1 (x) B_2 (x)
+    .. (x) H_{2^k} / sqrt(2^k).
 
-    ``base`` float64 [m, m], orthogonal; ``exact``: base is a Hadamard matrix over sqrt(m).
+    ``exact``: each B is a Hadamard matrix over the root of its order; else there is one, Hartley's.
     """
 
     n: int
-    m: int
+    orders: tuple[int, ...]
     k: int
     exact: bool
 
     @property
-    def base(self) -> Tensor:
-        """The orthogonal factor, float64 [m, m]."""
-        if not self.exact:
-            return hartley_matrix(self.m)
-        return hadamard_matrix(self.m).to(torch.float64) / math.sqrt(self.m)
+    def m(self) -> int:
+        return math.prod(self.orders)
+
+    def bases(self) -> list[Tensor]:
+        """What ``ops.hadamard`` takes: int8 Hadamard matrices, or the float32 Hartley matrix."""
+        if self.exact:
+            return [_single(order).to(torch.int8) for order in self.orders]
+        return [hartley_matrix(self.m).float()]
+
+    def factors(self) -> list[Tensor]:
+        """The orthogonal factors, float64 [order, order]."""
+        if self.exact:
+            return [_single(order).to(torch.float64) / math.sqrt(order) for order in self.orders]
+        return [hartley_matrix(self.m)]
 
     def matrix(self) -> Tensor:
         """The whole orthogonal matrix, float64 [n, n]; x @ matrix is the transform of rows."""
-        h = _single(2**self.k).to(torch.float64) / math.sqrt(2**self.k)
-        return torch.kron(self.base, h)
+        h = torch.ones(1, 1, dtype=torch.float64)
+        sylvester = _single(1 << self.k).to(torch.float64) / math.sqrt(1 << self.k)
+        for factor in (*self.factors(), sylvester):
+            h = torch.kron(h, factor)
+        return h
 
 
 def transform(x: Tensor, p: Plan, inverse: bool = False) -> Tensor:
     """``x @ p.matrix()`` over the last dimension, in x's dtype; the inverse with ``inverse``.
 
-    The plain form of ``ops.hadamard``: sums over m, then k butterflies.
+    The plain form of ``ops.hadamard``: k butterflies, then sums over each order.
     """
     if x.shape[-1] != p.n:
         raise UsageError(f"the last dimension must be {p.n}, got {x.shape[-1]}")
-    y = x.reshape(-1, p.m, 1 << p.k)
-    if p.m > 1:
-        base = p.base.to(x.device, x.dtype)
-        y = torch.einsum("im,tib->tmb", base.T if inverse else base, y)
+    y = x
     for i in range(p.k):
         y = y.reshape(-1, 2, 1 << i)
         y = torch.stack((y[:, 0] + y[:, 1], y[:, 0] - y[:, 1]), dim=1)
+    inner = 1 << p.k
+    for factor in reversed(p.factors()):
+        base = factor.to(x.device, x.dtype)
+        y = y.reshape(-1, len(base), inner)
+        y = torch.einsum("im,tib->tmb", base.T if inverse else base, y)
+        inner *= len(base)
     return (y * 2.0 ** (-p.k / 2)).reshape(x.shape)
+
+
+# Bringing columns together where 2^k is short, in additions an output, by k.
+_SHORT = (30, 30, 8, 6)
 
 
 @cache
 def plan(n: int) -> Plan:
-    """The smallest factor m of n for which n = m * 2^k has a Hadamard base, else a Hartley base.
+    """The cheapest product of Hadamard matrices of order n, else a Hartley base.
 
     The Hartley factor is the odd part of n: it never costs more than a Hadamard base would.
     """
@@ -220,7 +240,12 @@ def plan(n: int) -> Plan:
         raise UsageError(f"a Hadamard transform needs a width of at least 1, got {n}")
     twos = (n & -n).bit_length() - 1
     odd = n >> twos
-    for j in range(twos + 1):
-        if is_constructible(odd << j):
-            return Plan(n, odd << j, twos - j, exact=True)
-    return Plan(n, odd, twos, exact=False)
+    found = []
+    for orders in _factorings(odd, twos, odd):
+        k = (n // math.prod(orders)).bit_length() - 1
+        short = _SHORT[k] if orders and k < len(_SHORT) else 0
+        cost = short + sum(_additions(order) + 4 for order in orders)  # 4: the tables
+        found.append((cost, Plan(n, orders, k, exact=True)))
+    if found:
+        return min(found, key=lambda pair: pair[0])[1]
+    return Plan(n, (odd,), twos, exact=False)

@@ -21,26 +21,20 @@ SLOTS = ("online_hadamard", "online_quant")  # in the order in which they are ap
 KV_SLOT = "online_kv"  # of an attention module (kv.py)
 
 
-def _run(x: Tensor, base: Tensor | None, signs: Tensor | None) -> Tensor:
-    return ops.hadamard(x.reshape(-1, x.shape[-1]), base, signs).reshape(x.shape)
-
-
 class OnlineHadamard(KeepsType):
     """x -> (x signs) H for the matrix H of ``hadamard.plan(width)`` (QuaRot's R4).
 
     Signs keep the sum of all channels, large behind a ReLU, from meeting a row of ones.
     """
 
-    keeps_type = ("base",)  # rounded, it would no longer be orthogonal
-
     def __init__(self, rotation: Rotation) -> None:
         super().__init__()
-        self.plan = rotation.plan
-        signs, base = rotation.signs, None
-        if self.plan.m > 1:
-            exact = self.plan.exact
-            base = hadamard.hadamard_matrix(self.plan.m) if exact else self.plan.base.float()
-        self.register_buffer("base", base, persistent=False)
+        self.plan, signs = rotation.plan, rotation.signs
+        names = []
+        for i, base in enumerate(self.plan.bases() if self.plan.m > 1 else []):
+            names.append(f"base{i}")
+            self.register_buffer(names[-1], base, persistent=False)
+        self.keeps_type = tuple(names)  # rounded, a base would no longer be orthogonal
         signs = None if signs is None else signs.to(torch.int8)
         self.register_buffer("signs", signs)  # random: saved with the weights that expect it
 
@@ -48,7 +42,8 @@ class OnlineHadamard(KeepsType):
         if x.dtype == torch.float64:  # the operator is float32 inside
             x = x if self.signs is None else x * self.signs
             return hadamard.transform(x, self.plan)
-        return _run(x, self.base, self.signs)
+        bases = [getattr(self, name) for name in self.keeps_type]
+        return ops.hadamard(x.reshape(-1, self.plan.n), bases, self.signs).reshape(x.shape)
 
     def settings(self) -> dict:
         """JSON for runtime.py."""
@@ -56,7 +51,8 @@ class OnlineHadamard(KeepsType):
 
     def extra_repr(self) -> str:
         kind = "Hadamard" if self.plan.exact else "Hartley"
-        return f"{self.plan.n} = {self.plan.m} ({kind}) x 2^{self.plan.k}"
+        bases = " x ".join(str(order) for order in self.plan.orders) or "1"
+        return f"{self.plan.n} = {bases} ({kind}) x 2^{self.plan.k}"
 
 
 class ActivationQuant(nn.Module):

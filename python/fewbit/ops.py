@@ -7,6 +7,8 @@ for every other device (reference.py), and a fake one, so that it traces under `
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -311,31 +313,39 @@ def _(
     )
 
 
-def hadamard(x: Tensor, base: Tensor | None = None, signs: Tensor | None = None) -> Tensor:
+def hadamard(
+    x: Tensor, base: Tensor | Sequence[Tensor] | None = None, signs: Tensor | None = None
+) -> Tensor:
     """Orthogonal transform of each row of ``x`` [rows, width]: (x signs) (base (x) H) / sqrt.
 
     The width, at most 32768, is m 2^k; H is Sylvester's matrix of order 2^k. ``base`` [m, m]: a
-    Hadamard matrix as int8 +1 and -1, or any orthogonal matrix as float32; None where m is 1.
-    ``signs`` int8 [width] of +1 and -1. float32, float16 or bfloat16 in and out, float32 inside,
-    one rounding at the end (cpp/include/fewbit/hadamard.h). ``hadamard.plan`` chooses the base.
+    Hadamard matrix as int8 +1 and -1, or any orthogonal matrix as float32; several stand for their
+    Kronecker product; None where m is 1. ``signs`` int8 [width] of +1 and -1. float32, float16 or
+    bfloat16 in and out, float32 inside, one rounding at the end (cpp/include/fewbit/hadamard.h).
+    ``hadamard.plan(width).bases()`` chooses the bases.
     """
-    return torch.ops.fewbit.hadamard.default(x, base, signs)
+    return torch.ops.fewbit.hadamard.default(x, _bases(base), signs)
+
+
+def _bases(base: Tensor | Sequence[Tensor] | None) -> list[Tensor]:
+    return [] if base is None else [base] if isinstance(base, Tensor) else list(base)
 
 
 @torch.library.register_fake("fewbit::hadamard")
-def _(x, base, signs):
+def _(x, bases, signs):
     return x.new_empty(x.shape)
 
 
 def _hadamard_context(ctx, inputs, output):
-    _, ctx.base, ctx.signs = inputs
+    _, ctx.bases, ctx.signs = inputs
 
 
 def _hadamard_backward(ctx, grad):
-    base = None if ctx.base is None else ctx.base.T.contiguous()
+    bases = [base.T.contiguous() for base in ctx.bases]
     # The inverse is the transpose.
-    back = torch.ops.fewbit.hadamard.default(grad, base, None)
-    return (back if ctx.signs is None else back * ctx.signs), None, None
+    back = torch.ops.fewbit.hadamard.default(grad, bases, None)
+    back = back if ctx.signs is None else back * ctx.signs
+    return back, [None] * len(bases), None
 
 
 torch.library.register_autograd(
@@ -344,7 +354,8 @@ torch.library.register_autograd(
 
 
 def hadamard_quantize(
-    x: Tensor, base: Tensor | None = None, signs: Tensor | None = None, bits: int = 8
+    x: Tensor, base: Tensor | Sequence[Tensor] | None = None, signs: Tensor | None = None,
+    bits: int = 8,
 ) -> tuple[Tensor, Tensor]:
     """``hadamard`` of each row of ``x`` [rows, width], then its codes: one scale per row.
 
@@ -353,11 +364,11 @@ def hadamard_quantize(
     eight codes each, what ``w4a4_linear`` takes (a width in eights). The grid is symmetric:
     cpp/include/fewbit/quantize_per_token.h.
     """
-    return torch.ops.fewbit.hadamard_quantize.default(x, base, signs, bits)
+    return torch.ops.fewbit.hadamard_quantize.default(x, _bases(base), signs, bits)
 
 
 @torch.library.register_fake("fewbit::hadamard_quantize")
-def _(x, base, signs, bits):
+def _(x, bases, signs, bits):
     shape = x.shape if bits == 8 else (x.shape[0], x.shape[1] // 8)
     q = x.new_empty(shape, dtype=torch.int8 if bits == 8 else torch.int32)
     return q, x.new_empty((x.shape[0],), dtype=torch.float32)

@@ -8,6 +8,8 @@ rounding only.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -233,28 +235,31 @@ def coordinate_descent(
     return q.to(torch.uint8)
 
 
-def hadamard(x: Tensor, base: Tensor | None, signs: Tensor | None) -> Tensor:
-    """(x signs) (base (x) H_{2^k}) / sqrt(2^k), an int8 base over sqrt(m); float32 inside."""
+def hadamard(x: Tensor, bases: list[Tensor], signs: Tensor | None) -> Tensor:
+    """(x signs) (B_1 (x) B_2 (x) .. (x) H_{2^k}) / sqrt(2^k), int8 bases over sqrt(m); float32
+    inside."""
     rows, width = x.shape
     y = x.float() if signs is None else x.float() * signs.float()
-    m = 1 if base is None else base.shape[0]
+    n = width // math.prod(len(base) for base in bases)
     half = 1
-    while half < width // m:
+    while half < n:
         y = y.reshape(-1, 2, half)
         y = torch.stack((y[:, 0] + y[:, 1], y[:, 0] - y[:, 1]), dim=1)
         half *= 2
-    scale = (width // m) ** -0.5
-    if base is not None:
+    scale, inner = n**-0.5, n
+    for base in reversed(bases):
+        m = len(base)
         scale *= m**-0.5 if base.dtype == torch.int8 else 1.0
-        y = torch.einsum("im,tib->tmb", base.float(), y.reshape(rows, m, width // m))
+        y = torch.einsum("im,tib->tmb", base.float(), y.reshape(-1, m, inner))
+        inner *= m
     return (y * scale).reshape(rows, width).to(x.dtype)
 
 
 def hadamard_quantize(
-    x: Tensor, base: Tensor | None, signs: Tensor | None, bits: int
+    x: Tensor, bases: list[Tensor], signs: Tensor | None, bits: int
 ) -> tuple[Tensor, Tensor]:
     """hadamard in float32, then quantize_per_token."""
-    y = hadamard(x.float(), base, signs)
+    y = hadamard(x.float(), bases, signs)
     q, s, _ = quantize_per_token(y, True, None, None, bits=bits)
     return (words_of_fours(q) if bits == 4 else q), s
 

@@ -1,35 +1,49 @@
-// Orthogonal transform of rows, y = (x s) (B (x) H_{2^k}) / sqrt(2^k), for a width n = m 2^k.
+// Orthogonal transform of rows, y = (x s) (B_1 (x) B_2 (x) .. (x) H_{2^k}) / sqrt(2^k), for a width
+// n = m_1 m_2 .. 2^k.
 //
-// H is Sylvester's matrix, done as k butterflies; B is an orthogonal m x m matrix. Where B is a
-// Hadamard matrix over sqrt(m), its rows are taken four at a time: the 16 signed sums of four
+// H is Sylvester's matrix, done as k butterflies; each B is an orthogonal m x m matrix. Where B is
+// a Hadamard matrix over sqrt(m), its rows are taken four at a time: the 16 signed sums of four
 // inputs are tabulated once, so that each of the m outputs needs m / 4 additions (the "four
-// Russians": V. Arlazarov, E. Dinic, M. Kronrod, I. Faradzhev, 1970). Any other B is m
-// multiply-adds an output. float32 throughout, scaled once at the end; the order of the sums
-// depends on n only, so every instruction set gives the same bits.
+// Russians": V. Arlazarov, E. Dinic, M. Kronrod, I. Faradzhev, 1970). A matrix of Paley's second
+// kind is C (x) [1 1; 1 -1] - 2 I (x) [0 1; 1 0] with C of half its order: both halves of a pair go
+// through the same C, m / 8 additions an output. Any other B is m multiply-adds an output. float32
+// throughout, scaled once at the end; the order of the sums depends on n only, so every instruction
+// set gives the same bits.
 #pragma once
 #include "fewbit/dtype.h"
 #include "fewbit/kernel.h"
 
 namespace fewbit {
 
+struct HadamardBase {
+  static constexpr int64_t bundle = 4;          // rows of B per table
+  static constexpr int64_t max_pattern = 1024;  // largest m with tables
+
+  int64_t m;
+  bool paired;              // of Paley's second kind; the patterns are C's
+  const uint8_t* patterns;  // [bundles, order]: bit i of (g, o) is set where B[4 g + i][o] < 0
+  const float* products;    // [m, m], B, where patterns is null
+
+  FEWBIT_ALWAYS_INLINE int64_t order() const { return paired ? m / 2 : m; }
+  FEWBIT_ALWAYS_INLINE int64_t bundles() const { return (order() + bundle - 1) / bundle; }
+};
+
 struct Hadamard {
   static constexpr int64_t max_width = 32768;
-  static constexpr int64_t lanes = 16;  // 2^k below this: B is applied by multiply-adds
-  static constexpr int64_t bundle = 4;  // rows of B per table
 
-  const void* x;            // [rows, m 2^k] of dtype
-  const float* signs;       // [m 2^k], s; null: all +1
-  const uint8_t* patterns;  // [m, bundles]: bit i of (o, g) is set where B[4 g + i][o] < 0; or null
-  const float* base;        // [m, m], B; null when m == 1 or patterns serve
-  void* y;                  // [rows, m 2^k] of dtype; not x
+  const void* x;              // [rows, width] of dtype
+  const float* signs;         // [width], s; null: all +1
+  const HadamardBase* bases;  // [count], B_1 first
+  int64_t count;
+  void* y;  // [rows, width] of dtype; not x
   DType dtype;
   int64_t rows;
-  int64_t m;
-  int k;        // m 2^k <= max_width
-  float scale;  // of the result: 1 / sqrt(2^k), over sqrt(m) with patterns
+  int64_t width;  // at most max_width
+  int k;
+  float scale;  // of the result: 1 / sqrt(2^k), over sqrt(m) of each base with patterns
+  bool past;    // write y past the caches
 
   FEWBIT_ALWAYS_INLINE int64_t tasks() const { return rows; }
-  FEWBIT_ALWAYS_INLINE int64_t bundles() const { return (m + bundle - 1) / bundle; }
 };
 
 FEWBIT_KERNEL(Hadamard)
