@@ -37,19 +37,15 @@ UNSEEDED = ("RTN", "GPTQ")
 SWEEP = {
     "defaults": {},
     "ranges only": {"steps": 0},
-    "network only": {"range_steps": 0, "steps": 100},
-    "Cayley SGD, ranges and network": {"optimizer": "cayley-sgd"},
-    "Cayley SGD as in the paper": {
-        "optimizer": "cayley-sgd", "loss": "ce", "range_steps": 0, "steps": 100},
-    "Cayley SGD as in the paper, KL": {
-        "optimizer": "cayley-sgd", "range_steps": 0, "steps": 100},
+    "network only": {"range_steps": 0},
+    "network only, Cayley SGD": {"range_steps": 0, "optimizer": "cayley-sgd"},
+    "network only, Cayley SGD, cross-entropy (the paper)": {
+        "range_steps": 0, "optimizer": "cayley-sgd", "loss": "ce"},
+    "ranges and network, Cayley SGD": {"optimizer": "cayley-sgd"},
     "cross-entropy": {"loss": "ce"},
     "quantised weights": {"weights": True},
-    "100 range steps": {"range_steps": 100},
     "1000 range steps": {"range_steps": 1000},
     "60 steps": {"steps": 60},
-    "60 steps, lr 0.003": {"steps": 60, "lr": 0.003},
-    "lr 0.0003": {"lr": 0.0003},
     "lr 0.003": {"lr": 0.003},
 }
 

@@ -15,7 +15,7 @@ from fewbit.families import describe
 from fewbit.integrations import hf
 from fewbit.linear import PackedLinear
 from fewbit.linearise import linearise
-from fewbit.online import ActivationQuant, clipped_grid, online_paths
+from fewbit.online import ActivationQuant, attach, clipped_grid, online_paths
 from fewbit.pipeline import quantize_
 from fewbit.rotation import apply_
 from fewbit.runtime import settings
@@ -112,6 +112,47 @@ def test_activation_grid(bits, symmetric):
     assert float(clipped.max()) < float(x.max())
     for i in range(5):  # tokens do not meet
         assert torch.equal(quant(x[i]), quant(x)[i])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("clip", [1.0, 0.9])
+@pytest.mark.parametrize("per", ["token", "tensor"])
+@pytest.mark.parametrize("scheme", ["w4a4", "w4a8", "w8a8", "w3a4g32"])
+def test_quantised_activations_are_multiplied_in_integers(scheme, per, clip, dtype):
+    """Against the exact float64 product of what the codes stand for: one rounding a group and one
+    of the result, whatever the width; in float, hundreds of roundings are more than that."""
+    scheme = Scheme.parse(scheme)
+    linear = torch.nn.Linear(700, 24).requires_grad_(False)
+    packed = PackedLinear.from_linear(linear, Scheme.parse(scheme, activation_bits=16))
+    x = torch.randn(9, 700).to(dtype)
+    x[3] = 0
+    quant = ActivationQuant(scheme.activation_bits, clip=clip, per=per)
+    q, s = quant.codes(x)
+    assert q.dtype == torch.int8 and q.shape == x.shape and s.shape == (9,)
+    top = 2 ** (scheme.activation_bits - 1)
+    assert -top <= int(q.min()) and int(q.max()) < top
+    torch.testing.assert_close((q * s[:, None]).to(dtype), quant(x), rtol=2e-7, atol=0)
+    attach(packed, "online_quant", quant)
+    exact = (q.double() * s[:, None].double()) @ packed.weight.double().T + linear.bias.double()
+    error = (packed(x).double() - exact).abs().max() / exact.abs().max()
+    groups = scheme.groups(700)
+    unit = torch.finfo(torch.float32).eps * (groups + 2) + torch.finfo(dtype).eps / 2
+    assert float(error) <= unit
+    with torch.enable_grad():  # straight through, in float
+        y = packed(x.float().requires_grad_())
+    error = (y.detach().double() - exact).abs().max() / exact.abs().max()
+    assert y.requires_grad and float(error) < 1e-2
+
+
+def test_a_value_that_is_not_finite_is_not_hidden_by_codes():
+    packed = PackedLinear.from_linear(torch.nn.Linear(64, 8), "w4a16g32")
+    for clip in (1.0, 0.9):
+        attach(packed, "online_quant", ActivationQuant(4, clip=clip))
+        for bad in (float("nan"), float("inf")):
+            x = torch.randn(3, 64)
+            x[1, 5] = bad
+            assert packed(x).isfinite().all(1).tolist() == [True, False, True]
+            assert packed.online_quant(x).isfinite().all(1).tolist() == [True, False, True]
 
 
 def test_activation_grid_passes_gradients():

@@ -32,7 +32,8 @@ class PackedLinear(KeepsType):
     Buffers: ``packed`` int32 [words], ``scale`` [panels, groups, 16] of ``scheme.scale_dtype`` and
     ``zero_point`` uint8 [panels, groups, 16] (cpp/include/fewbit/layout.h); ``bias`` [out_features]
     or None. Widths of 5 to 7 bits are stored in 8. Input [..., in_features] in float32, float16 or
-    bfloat16; output of the same type, accumulated in float32.
+    bfloat16; output of the same type, accumulated in float32. With a symmetric grid for its inputs
+    beside it (online.ActivationQuant) the product is in integers, exact within a group.
     """
 
     keeps_type = ("scale",)  # the codes were computed against it
@@ -62,17 +63,21 @@ class PackedLinear(KeepsType):
 
     def forward(self, x: Tensor) -> Tensor:
         flat = x if x.dim() == 2 else x.reshape(-1, self.in_features)
-        out = ops.w4a16_linear(
-            flat,
-            self.packed,
-            self.scale,
-            self.zero_point,
-            self.bias,
-            self.out_features,
-            self.stored_bits,
-            self.scheme.group_size,
-        )
+        weight = (self.packed, self.scale, self.zero_point, self.bias, self.out_features)
+        grid = (self.stored_bits, self.scheme.group_size)
+        quant = self.input_grid(x)
+        if quant is None:
+            out = ops.w4a16_linear(flat, *weight, *grid)
+        else:
+            codes, scale = quant.codes(flat)
+            out = ops.w8a8_linear(codes, *weight, *grid, True, scale).to(x.dtype)
         return out if x.dim() == 2 else out.reshape(*x.shape[:-1], self.out_features)
+
+    def input_grid(self, x: Tensor) -> nn.Module | None:
+        """The grid (online.ActivationQuant) whose codes of x the product takes, if there is one."""
+        quant = self._modules.get("online_quant")
+        takes = quant is not None and type(self) is PackedLinear and quant.serves(x)
+        return quant if takes else None
 
     def codes(self) -> Codes:
         """The canonical form, for checkpoints and inspection."""

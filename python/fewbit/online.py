@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from . import hadamard, ops
 from .errors import UsageError
-from .linear import KeepsType
+from .linear import KeepsType, PackedLinear
 from .orthogonal import Rotation
 
 SLOTS = ("online_hadamard", "online_quant")  # in the order in which they are applied
@@ -60,7 +60,8 @@ class ActivationQuant(nn.Module):
 
     x [..., width] of any float type, arithmetic in float32. The range holds 0 and is shrunk by
     ``clip``; ``symmetric`` fixes the zero point in the middle. ``per`` "tensor": one scale for all
-    tokens of the call.
+    tokens of the call. A PackedLinear takes the codes of a symmetric grid themselves, for its
+    integer product, where no gradient is asked for.
     """
 
     def __init__(
@@ -82,8 +83,28 @@ class ActivationQuant(nn.Module):
         """x on its grid and back, without a gradient."""
         flat = x.reshape(-1, x.shape[-1]) if self.per == "token" else x.reshape(1, -1)
         if self.clip == 1 and x.dtype != torch.float64:
-            return ops.pseudo_quantize(flat, self.bits, -1, self.symmetric).reshape(x.shape)
+            on_grid = ops.pseudo_quantize(flat, self.bits, -1, self.symmetric)
+            return (on_grid + poison(flat)).reshape(x.shape)
         return clipped_grid(flat, self.bits, self.symmetric, self.clip).reshape(x.shape)
+
+    def serves(self, x: Tensor) -> bool:
+        """Whether ``codes`` can stand for ``forward``: 2^16 of them are summed exactly."""
+        gradient = torch.is_grad_enabled() and x.requires_grad
+        wide = x.dtype == torch.float64 or x.shape[-1] > 2**16
+        return self.symmetric and not gradient and not wide
+
+    def codes(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes int8 [tokens, width] of x [tokens, width] around 0, and scales float32 [tokens];
+        their product is ``grid(x)``, before it is rounded to the type of x."""
+        flat = x if self.per == "token" else x.reshape(1, -1)
+        middle = 2 ** (self.bits - 1)
+        if self.clip == 1:
+            q, scale, _ = ops.quantize(flat, self.bits, -1, True)
+            q, scale = (q - middle).view(torch.int8), scale + poison(flat).float()  # modulo 256
+        else:
+            scale = symmetric_scale(flat.float(), self.bits, self.clip)
+            q = (flat / scale).round_().clamp_(-middle, middle - 1).to(torch.int8)
+        return q.reshape(x.shape), scale.reshape(-1).expand(len(x)).contiguous()
 
     def settings(self) -> dict:
         """JSON for runtime.py."""
@@ -106,24 +127,41 @@ def straight_through(grid: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 def clipped_grid(x: Tensor, bits: int, symmetric: bool, clip: float) -> Tensor:
     """Rows of x [rows, width] on the grid of ``clip`` times their range, and back."""
     h = x.to(torch.promote_types(x.dtype, torch.float32))
-    low, high = h.amin(-1, keepdim=True).clamp(max=0), h.amax(-1, keepdim=True).clamp(min=0)
-    if symmetric:
-        high = torch.maximum(-low, high)
-        low = -high
     top = 2**bits - 1
-    scale = (high - low) * clip / top
-    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-    zero = torch.full_like(scale, 2 ** (bits - 1)) if symmetric else (-low * clip / scale).round()
+    if symmetric:
+        scale = symmetric_scale(h, bits, clip)
+        zero = torch.full_like(scale, 2 ** (bits - 1))
+    else:
+        low, high = h.amin(-1, keepdim=True).clamp(max=0), h.amax(-1, keepdim=True).clamp(min=0)
+        scale = (high - low) * clip / top
+        scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+        zero = (-low * clip / scale).round()
     q = ((h / scale).round() + zero).clamp(0, top)
     return ((q - zero) * scale).to(x.dtype)
+
+
+def poison(x: Tensor) -> Tensor:
+    """[rows, 1]: 0, or NaN for a row of x that is not finite; codes would hide that."""
+    return x.abs().amax(-1, keepdim=True) * 0
+
+
+def symmetric_scale(h: Tensor, bits: int, clip: float) -> Tensor:
+    """Of each row of h [rows, width], [rows, 1]: twice its largest magnitude, clipped, over the
+    2^bits - 1 steps; 1 for a row of zeros."""
+    high = h.abs().amax(-1, keepdim=True)
+    scale = (high + high) * clip / (2**bits - 1)
+    return torch.where(scale == 0, torch.ones_like(scale), scale)  # NaN stays
 
 
 def _before(linear: nn.Module, args: tuple) -> tuple:
     x = args[0]
     for slot in SLOTS:
         module = getattr(linear, slot, None)
-        if module is not None:
-            x = module(x)
+        if module is None:
+            continue
+        if slot == "online_quant" and isinstance(linear, PackedLinear) and linear.input_grid(x):
+            continue  # its product takes the codes
+        x = module(x)
     return (x, *args[1:])
 
 

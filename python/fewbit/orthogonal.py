@@ -68,11 +68,12 @@ def given_rotation(matrix: Tensor, n: int) -> Rotation:
     """A user's matrix, checked: square of width n and orthogonal to the rounding of its dtype."""
     if tuple(matrix.shape) != (n, n):
         raise UsageError(f"a rotation of width {n} must be [{n}, {n}], got {list(matrix.shape)}")
-    # Columns rounded to precision u leave R^T R within 2 u sqrt(n) of I; twice that is allowed.
+    # Columns rounded to precision u leave R^T R within 2 u sqrt(n) of I; twice that is allowed, and
+    # what a float64 factorisation and the product below round: 4 n units of float64.
     unit = torch.finfo(matrix.dtype).eps if matrix.is_floating_point() else 0.0
     r = matrix.detach().to(torch.float64)
     error = float((r @ r.T - torch.eye(n, dtype=torch.float64)).abs().max())
-    if not error <= 4 * max(unit, 2.0**-52) * math.sqrt(n):
+    if not error <= 4 * (unit * math.sqrt(n) + n * 2.0**-52):
         raise UsageError(f"the given matrix is not orthogonal: R R^T differs from I by {error:.3g}")
     return Rotation(n, dense=r)
 
