@@ -76,8 +76,10 @@ def _vllm(facts: Facts) -> Answer:
         return "GGUF needs an out-of-tree plugin", ""
     if facts.format in ("smooth_quant", "fewbit"):
         return f"it does not read {facts.format}", ""
-    odd = [name for name, (n, k) in facts.shapes.items() if k % 64 or n % 128]
-    return None, f"slower kernels for {len(odd)} layers off the 64 x 128 grid" if odd else ""
+    rows, columns = (16, 16) if facts.format == "int-quantized" else (128, 64)
+    odd = [name for name, (n, k) in facts.shapes.items() if n % rows or k % columns]
+    note = f"slower kernels for {len(odd)} layers off the {rows} x {columns} grid"
+    return None, note if odd else ""
 
 
 def _tgi(facts: Facts) -> Answer:

@@ -1,5 +1,7 @@
 import json
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -147,6 +149,57 @@ def test_verdicts_follow_the_engines_rules(case, engines):
     for verdict in found:
         assert str(verdict).startswith(f"{verdict.engine}: " + ("loads" if verdict.loads else "re"))
         assert verdict.loads or verdict.reason
+
+
+@pytest.mark.parametrize(
+    "case, note",
+    [
+        (facts("compressed-tensors", G128, (256, 256)), ""),
+        (facts("compressed-tensors", G128, (192, 256)), "1 layers off the 128 x 64 grid"),
+        (facts("int-quantized", SYM8, (48, 48)), ""),
+        (facts("int-quantized", SYM8, (40, 48)), "1 layers off the 16 x 16 grid"),
+    ],
+    ids=str,
+)
+def test_vllm_says_which_shapes_run_slower(case, note):
+    verdict = next(v for v in validate(case) if v.engine == "vLLM")
+    assert verdict.loads and (note in verdict.reason if note else not verdict.reason)
+
+
+BIG = """
+import resource, sys
+from pathlib import Path
+import fewbit
+from fewbit.conversion import convert
+
+def data():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith("VmData")).split()[1])
+
+source, target, to, room = sys.argv[1:]
+resource.setrlimit(resource.RLIMIT_DATA, (data() + int(room),) * 2)
+print(convert(source, target, to, max_shard_size=16 << 20).nbytes)
+"""
+
+
+def test_one_shard_at_a_time(tmp_path):
+    """256 MiB of tensors pass through a process that may not allocate half of that."""
+    scheme, target = Scheme(8, -1, True, "float16", activation_bits=8), formats.get("int-quantized")
+    codes = random_codes(2048, 2048, scheme)
+    names = [f"model.layers.{i}.mlp.up_proj" for i in range(64)]
+    with Writer(tmp_path / "a", 16 << 20) as writer:
+        for name in names:
+            packed = target.pack(codes, scheme)
+            writer.add({f"{name}.{suffix}": tensor for suffix, tensor in packed.items()})
+        section = target.config(dict.fromkeys(names, scheme), [])
+        writer.finish({"model_type": "llama", "quantization_config": section})
+    command = [sys.executable, "-c", BIG, tmp_path / "a", tmp_path / "b", "smooth_quant"]
+    command.append(str(96 << 20))
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert int(done.stdout) >= 256 << 20
+    found, _ = read_codes(tmp_path / "b")
+    assert len(found) == 64 and torch.equal(found[names[-1]].q, codes.q)
 
 
 def test_static_scales_are_kept_or_refused(tmp_path):

@@ -7,11 +7,13 @@ from strategies import dequantize, random_codes
 from fewbit.checkpoint import save
 from fewbit.errors import UnsupportedError
 from fewbit.export_gguf import export
+from fewbit.families import linear_names
 from fewbit.formats.gguf import blocks, refuse
 from fewbit.scheme import Scheme
 
 gguf = pytest.importorskip("gguf", reason="the gguf package is in the dev extra")
 KINDS = gguf.GGMLQuantizationType
+LAYERS = "model.layers."
 
 
 def there(codes, scheme, **options):
@@ -79,7 +81,12 @@ def test_a_file_holds_the_model(shared, tmp_path, text, kind):
     model = quantized(source, text)
     save(model, tmp_path / "a", tokenizer=transformers.AutoTokenizer.from_pretrained(source))
     path = export(tmp_path / "a", tmp_path / "b")
+    # float16 d, and 32 codes of 4 or 8 bits: 18 or 34 bytes a block; the rest is float.
+    weights = sum(model.get_submodule(n).weight.numel() for n in linear_names(model))
+    others = sum(t.nbytes for n, t in model.state_dict().items() if not n.startswith(LAYERS))
+    formula = weights // 32 * {"Q4_0": 18, "Q8_0": 34}[kind] + others
     reader = gguf.GGUFReader(path)
+    assert abs(sum(t.n_bytes for t in reader.tensors) - formula) <= 0.01 * formula
     tensors = {t.name: t for t in reader.tensors}
     assert len(tensors) == 4 * 9 + 3
     down = tensors["blk.2.ffn_down.weight"]
