@@ -84,6 +84,22 @@ def test_search_curves_show_the_chosen_point():
     assert [m.get_xdata()[0] for m in marked] == [0 if c is None else c for c in chosen]
 
 
+@pytest.mark.parametrize("form", ["search", "duo", "both"])
+def test_search_curves_of_awq_lie_at_their_exponents(form):
+    report = make("awq", "w3a16g16", form=form, points=4)
+    curves = [r for r in report.transforms if "ratios" in r]
+    (ax,) = report.plot_search().axes
+    marked = [line for line in ax.lines if line.get_marker() == "o" and len(line.get_xdata()) == 1]
+    lines = [line for line in ax.lines if line.get_marker() == "None" and len(line.get_xdata()) > 2]
+    assert len(marked) == len(curves) > 0
+    assert len(lines) == len(curves) * (1 + (form == "both"))
+    assert list(lines[0].get_xdata()) == [0.0, 0.25, 0.5, 0.75]
+    for record, point in zip(curves, marked, strict=True):
+        exponent = str(record["ratio"]).removeprefix("duo ")
+        assert point.get_xdata()[0] == float(exponent)
+        assert point.get_ydata()[0] == pytest.approx(record["loss"] / record["rtn_loss"])
+
+
 def test_outliers_shrink_under_a_rotation():
     torch.manual_seed(0)
     model = tiny("llama-gqa")

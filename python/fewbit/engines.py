@@ -65,7 +65,8 @@ def _vllm(facts: Facts) -> Answer:
                 return f"group_size must be one of {KERNEL_GROUPS}, {name} is {scheme}", ""
         elif facts.format == "compressed-tensors":
             if not scheme.symmetric and (scheme.bits != 4 or n % 8):
-                return f"asymmetric means 4 bits and outputs in eights, {name} is {n} x {k}", ""
+                what = f"{name} is {scheme} with {n} outputs"
+                return f"asymmetric weights need 4 bits and outputs in eights, {what}", ""
         elif facts.format == "int-quantized" and scheme.activation_bits == FLOAT_BITS:
             return "int-quantized needs quantised activations", ""
         if k % group:

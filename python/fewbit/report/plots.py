@@ -18,11 +18,10 @@ if TYPE_CHECKING:
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f")
 MARKERS = "osD^vPX"
 BEFORE, AFTER = dict(color="#d55e00", marker="v"), dict(color="#0072b2", marker="o")
-CURVES = {  # transform: (curve, its x, chosen x, label of x)
-    "awq": ("losses", lambda r: [i / len(r["losses"]) for i in range(len(r["losses"]))], "ratio",
-            "exponent of the activation scale"),
-    "smooth": ("errors", lambda r: r["alphas"], "alpha", "migration strength alpha"),
-}  # fmt: skip
+CURVES = {  # transform: keys of the candidates, of their losses, of the chosen one; label of x
+    "awq": ("ratios", "losses", "ratio", "exponent r of the activation scale"),
+    "smooth": ("alphas", "errors", "alpha", "migration strength alpha"),
+}
 
 
 class Plot(NamedTuple):
@@ -34,7 +33,7 @@ class Plot(NamedTuple):
     draw: Callable[[Report], object]
 
 
-def axes(width: float = 5.2, height: float = 3.4):
+def axes(width: float = 4.6, height: float = 3.2):
     """One matplotlib Axes on a Figure of its own, without pyplot's global state."""
     try:
         from matplotlib.figure import Figure
@@ -94,8 +93,17 @@ def errors(report: Report):
 
 
 def searches(report: Report) -> list[dict]:
-    """The transform records that hold a curve."""
-    return [r for r in report.transforms if CURVES.get(r.get("transform"), ("",))[0] in r]
+    """The transform records that hold a curve: more than no transform and one candidate."""
+    known = [r for r in report.transforms if CURVES.get(r.get("transform"), ("",))[0] in r]
+    return [r for r in known if len(r[CURVES[r["transform"]][0]]) > 2]
+
+
+def place(candidate: float | str | None) -> tuple[str, float] | None:
+    """Form and exponent of a candidate; None for "no transform" and what has no exponent."""
+    form, _, exponent = candidate.rpartition(" ") if isinstance(candidate, str) else ("", "", "")
+    if candidate is None or (isinstance(candidate, str) and not form):
+        return None
+    return form, float(exponent or candidate)
 
 
 def search(report: Report):
@@ -103,15 +111,19 @@ def search(report: Report):
     ax = axes()
     edges: dict[str, str] = {}
     for record in searches(report):
-        curve, points, chosen, label = CURVES[record["transform"]]
-        losses, xs = record[curve], points(record)
-        base = losses[0] if losses[0] > 0 else 1.0
-        pairs = [(x, y / base) for x, y in zip(xs, losses, strict=True) if x is not None]
+        candidates, losses, chosen, label = CURVES[record["transform"]]
+        base = record[losses][0] if record[losses][0] > 0 else 1.0
+        curves: dict[str, dict[float, float]] = {}
+        for candidate, loss in zip(record[candidates], record[losses], strict=True):
+            if found := place(candidate):
+                curves.setdefault(found[0], {})[found[1]] = loss / base
         edge = kind_of(record["edge"].partition(" -> ")[0])
         colour = edges.setdefault(edge, COLOURS[len(edges) % 7])
-        ax.plot(*zip(*pairs, strict=True), color=colour, linewidth=1, alpha=0.7)
-        picked = [(x, y) for x, y in pairs if x == record[chosen]]
-        ax.plot(*zip(*picked[:1] or [(0, 1)], strict=True), "o", color=colour, markersize=5)
+        drawn = [curve for curve in curves.values() if len(curve) > 1]
+        for curve, line in zip(drawn, ("-", "--"), strict=False):
+            ax.plot(*zip(*curve.items(), strict=True), line, color=colour, linewidth=1, alpha=0.7)
+        form, x = place(record[chosen]) or ("", 0.0)
+        ax.plot([x], [curves.get(form, {}).get(x, 1.0)], "o", color=colour, markersize=5)
         ax.set_xlabel(label)
     for edge, colour in edges.items():
         ax.plot([], [], color=colour, marker="o", label=edge)

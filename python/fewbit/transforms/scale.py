@@ -72,6 +72,7 @@ class SearchScale(Transform):
                     "ratio": names[chosen],
                     "loss": result.losses[chosen],
                     "rtn_loss": result.losses[0],
+                    "ratios": names,
                     "losses": result.losses,
                     "exact": result.exact,
                     "solver_losses": {str(names[i]): loss for i, loss in solved.items()},
