@@ -3,8 +3,9 @@
 python tests/bench_gptq.py speed           one 4096 x 4096 layer against eager torch, and memory
 python tests/bench_gptq.py model           solves of whole models against their calibration forward
 python tests/bench_gptq.py successors      GPTQ, FOEM, GPTAQ and Qronos on held-out text
-python tests/bench_gptq.py bars DIR ..     the orders in what `fewbit bench accuracy -o DIR` wrote
-                                           for the shared models, and plain code's figures
+python tests/bench_gptq.py bars [FILE ..]  orders and limits of GPTQ in accuracy.json files that
+                                           `fewbit bench accuracy` wrote for the shared models, by
+                                           default the stored ones, and plain code's figures
 
 Exit status 1 when a bar is missed.
 """
@@ -20,7 +21,7 @@ import transformers
 
 import fewbit
 import published
-from conftest import SHARED
+from conftest import ROOT, SHARED
 from fewbit import calibrate, checkpoint, ops
 from fewbit.evaluate import compare, log_probabilities
 from fewbit.families import decoder_layers, describe
@@ -52,11 +53,14 @@ PLAIN = {
 }
 
 
-def bars(folders: list[Path]) -> list[tuple[str, bool]]:
-    """(what should hold, whether it does) for each folder's accuracy.json."""
+STORED = [ROOT / "tests" / "results" / "accuracy" / f"{name}.json" for name in PLAIN]
+
+
+def bars(files: list[Path]) -> list[tuple[str, bool]]:
+    """(what should hold, whether it does) for each accuracy.json."""
     found = []
-    for folder in folders:
-        result = json.loads((folder / "accuracy.json").read_text())
+    for file in files or STORED:
+        result = json.loads(file.read_text())
         name, base = result["protocol"]["model"], result["float"]
         values = {(c["scheme"], c["label"]): c.get("perplexity") for c in result["cells"]}
 
@@ -163,23 +167,35 @@ def speed(size: int = 4096, repeats: int = 3) -> dict:
     return best
 
 
-def whole_model(name: str, model, data: calibrate.Windows, method: str, repeats: int = 3) -> float:
-    """Seconds of all solves over seconds of the forward passes that calibrate them; the least of
-    each, in turn."""
-    forward, solves = [], []
+def whole_model(
+    name: str, model, data: calibrate.Windows, method: str, repeats: int = 3
+) -> tuple[float, float]:
+    """Seconds of all solves over those of one forward pass through all layers, and over those of
+    the passes that the method's calibration makes; the least of each, in turn."""
+    forward, solves, calls = [], [], []
+    plain = calibrate.forward
+
+    def counted(*args):
+        calls.append(1)
+        return plain(*args)
+
     for _ in range(repeats):
         inputs = calibrate.capture(model, describe(model), data)
         start = time.perf_counter()
         for layer in decoder_layers(model):
             inputs = calibrate.run_layer(layer, inputs)
         forward.append(time.perf_counter() - start)
+        calls.clear()
+        calibrate.forward = counted
         report = fewbit.quantize_(model, method, "w4a16g128", data, progress=False)
+        calibrate.forward = plain
         fewbit.restore_(model)
         solves.append(sum(r.seconds for r in report.linears))
     ratio = min(solves) / min(forward)
+    passes = len(calls) / (len(decoder_layers(model)) * len(data.batches))
     line = f"{name:20} {method:8} forward {min(forward):.2f} s, solves {min(solves):.2f} s"
-    print(f"{line}, ratio {ratio:.2f}", flush=True)
-    return ratio
+    print(f"{line}, ratio {ratio:.2f}, to its {passes:.0f} passes {ratio / passes:.2f}", flush=True)
+    return ratio, ratio / passes
 
 
 class FOEM(Solver):
@@ -247,11 +263,13 @@ def models(folders: list[Path]) -> list[tuple[str, bool]]:
     cases.append(("hidden 2048", transformers.LlamaForCausalLM(config).eval(), cases[1][2]))
     for name, model, ids in cases:
         data = calibrate.cut(ids, 256, 32, "books_calibration.txt")
-        ratio = whole_model(name, model, data, "gptq")
-        text = f"{name}: solves {ratio:.2f} of the calibration forward <= 0.5"
+        ratio = whole_model(name, model, data, "gptq")[0]
+        text = f"{name}: gptq's solves {ratio:.2f} of one forward pass <= 0.5"
         found.append((text, ratio <= 0.5))
         if name != "hidden 2048":
-            whole_model(name, model, data, "qronos")  # what the bar would say of it
+            ratio = whole_model(name, model, data, "qronos")[1]
+            text = f"{name}: qronos' solves {ratio:.2f} of its calibration's passes <= 0.5"
+            found.append((text, ratio <= 0.5))
     return found
 
 

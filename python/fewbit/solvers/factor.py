@@ -21,7 +21,8 @@ from ..stats import sum_type
 
 RUNGS = ("damp", "damp x 10", "damp x 100", "damp x 1000", "floor", "rtn")
 ROWS = 64  # moved at a time: a factor needs little more memory than its own
-BLOCK, PIECE = 256, 256  # columns and rows of a piece of linear algebra
+BLOCK, PIECE = 128, 256  # columns and rows of a piece of linear algebra
+WIDE = 1024  # columns of one product: MKL packs them all, for every thread
 
 
 @dataclass
@@ -173,13 +174,15 @@ def _lower_(m: Tensor) -> bool:
             def solve(rows: Tensor, factor: Tensor = factor) -> None:
                 rows.copy_(torch.linalg.solve_triangular(factor.mT, rows, upper=True, left=False))
 
-            def update(at: slice, panel: Tensor = panel, end: int = end) -> None:
-                stop = min(at.stop, size)
-                left, right = panel[at.start - end : stop - end], panel[: stop - end]
-                m[at.start : stop, end:stop].addmm_(left, right.mT, alpha=-1)
+            def update(start: int, panel: Tensor = panel, end: int = end) -> None:
+                stop = min(start + PIECE, size)
+                for left in range(end, stop, WIDE):
+                    right = min(left + WIDE, stop)
+                    a, b = panel[start - end : stop - end], panel[left - end : right - end]
+                    m[start:stop, left:right].addmm_(a, b.mT, alpha=-1)
 
             run(solve, panel.split(PIECE))
-            run(update, [slice(at, at + PIECE) for at in range(end, size, PIECE)])
+            run(update, range(end, size, PIECE))
     m.tril_()
     return True
 
