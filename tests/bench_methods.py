@@ -1,6 +1,7 @@
 """The papers' orders on small trained models with activation outliers: perplexities as a table.
 
     python tests/bench_methods.py [MODEL ..] [--seeds 0 1 2] [--results FILE] [--text held-out]
+    python tests/bench_methods.py --results FILE --write    # the table of README.md
 
 Protocol: small_models.py. ``--results`` keeps what was measured, and another call goes on where
 this one stopped. Exit status 1 when an order does not hold.
@@ -8,14 +9,17 @@ this one stopped. Exit status 1 when an order does not hold.
 The "-outliers" models multiply six channels a norm by 20 to 60 and divide the columns that read
 them, so salient columns lie far below the step of their group, where large models' salient columns
 are of ordinary size. Two statements are therefore looked at where they can hold: 2 as a good scale
-on "-mild" (2 to 6 times), and a sweet spot among larger scales on "-outliers". Scales act on the
-linears that read a norm, where the outliers are and where a scale folds away; the exercise's form,
-on every linear, is the row below.
+on "-mild" (2 to 6 times), and a sweet spot among larger scales on "-outliers". What 3 bits do to a
+model of this size without any outlier no salient column can win back; so there are rows at 4 bits,
+where that is little, and for the part that outliers cause. Scales act on the linears that read a
+norm, where the outliers are and where a scale folds away; the exercise's form, on every linear, is
+the row below.
 """
 
 import argparse
 import statistics
 import sys
+from pathlib import Path
 
 import torch
 
@@ -29,10 +33,12 @@ from fewbit.undo import remember, restore_
 
 MODELS = ["opt-tiny-outliers", "llama-tiny-outliers", "opt-tiny-mild", "llama-tiny-mild"]
 SCALES = (2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0)
-EVERYWHERE = (2.0, 4.0)
+EVERYWHERE = 2.0
 ALPHAS = (0.3, 0.5, 0.7, 0.85)
 TENSOR = Scheme.parse("w8a8", activations="tensor")
-W3 = "w3a16g128"
+W3, W4 = "w3a16g128", "w4a16g128"
+README = Path(__file__).resolve().parent.parent / "README.md"
+BEGIN, END = "<!-- methods table: begin -->", "<!-- methods table: end -->"
 
 
 @torch.no_grad()
@@ -58,22 +64,38 @@ def rows(name: str) -> dict:
         )
 
     found = {"float": lambda bench: remember(bench.model), "w3 rtn": method("rtn", W3)}
-    for by in ("activation", "hessian", "weight", "random"):
+    for by in ("random", "weight", "hessian", "activation"):
         found[f"w3 1 % by {by}"] = method("mixed", W3, by=by)
-    found["w3 2.4 % by activation"] = method("mixed", W3, by="activation", fraction=0.024)
+    found["w3 2.4 % by activation"] = method("mixed", W3, fraction=0.024)
+    if not name.endswith("-mild"):
+        found["w3 gptq"] = method("gptq", W3)
+        found["w3 1 % by activation, gptq"] = method("mixed+gptq", W3)
+        found["w4 rtn"] = method("rtn", W4)
+        found["w4 1 % by activation"] = method("mixed", W4)
+        found["w4 2.4 % by activation"] = method("mixed", W4, fraction=0.024)
     for factor in SCALES:
         found[f"w3 scale {factor:g}"] = lambda bench, f=factor: scaled_up(bench, f, False)
-    for factor in EVERYWHERE:
-        found[f"w3 scale {factor:g} everywhere"] = lambda bench, f=factor: scaled_up(bench, f, True)
-    found["w3 awq"] = method("awq", W3)
-    for form in ("search", "duo", "closed-times", "closed-over"):
+    found[f"w3 scale {EVERYWHERE:g} everywhere"] = lambda bench: scaled_up(bench, EVERYWHERE, True)
+    for form in ("closed-times", "closed-over", "search", "duo"):
         found[f"w3 awq {form}, no clip"] = method("awq", W3, form=form, clip=False)
+    found["w3 awq"] = method("awq", W3)
     if name.endswith("-mild"):
         return found
     found["w8a8 naive"] = method(Recipe("rtn", TENSOR), TENSOR)
     for alpha in (*ALPHAS, "auto"):
         found[f"w8a8 smooth {alpha}"] = method("smoothquant", TENSOR, alpha=alpha)
     return found
+
+
+def clean_rounding(name, arguments, results):
+    """Perplexity of rounding to 3 bits of the model without outliers."""
+    def compute():
+        bench = small_models.load(name, 0, arguments.text)
+        rows(name)["w3 rtn"](bench)
+        return bench.score(arguments.windows)
+
+    key = f"{name}, {arguments.text}, {arguments.windows} windows, w3 rtn"
+    return results.get(key, compute)
 
 
 def measure(name, arguments, results):
@@ -93,11 +115,19 @@ def measure(name, arguments, results):
     return table
 
 
-def orders(name, row):
-    """The papers' statements, each with whether it holds, by means over seeds."""
+def orders(name, row, clean):
+    """The papers' statements, each with whether it holds, by means over seeds; and the shares of
+    the loss that salient columns win back. ``clean``: rounding to 3 bits without outliers."""
     scales = {s: row[f"w3 scale {s:g}"] for s in SCALES}
     rtn, base = row["w3 rtn"], row["float"]
     won = {by: (rtn - row[f"w3 1 % by {by}"]) / (rtn - base) for by in ("activation", "random")}
+    shares = {
+        "1 % by activation, of all that 3 bits lose": won["activation"],
+        "1 % by activation, of what the outliers cause at 3 bits":
+            (rtn - row["w3 1 % by activation"]) / (rtn - clean),
+        "2.4 % by activation, of what the outliers cause at 3 bits":
+            (rtn - row["w3 2.4 % by activation"]) / (rtn - clean),
+    }
     held = {
         "rtn is worse than salient columns, the best scale and awq": rtn > max(
             row["w3 1 % by activation"], min(scales.values()), row["w3 awq"]
@@ -112,10 +142,36 @@ def orders(name, row):
     if name.endswith("-mild"):
         held["scale 2 beats no scale"] = scales[2.0] < rtn
     else:
+        w4 = {p: (row["w4 rtn"] - row[f"w4 {p} % by activation"]) / (row["w4 rtn"] - base)
+              for p in ("1", "2.4")}
+        shares |= {f"{p} % by activation, of all that 4 bits lose": v for p, v in w4.items()}
+        held["at 4 bits the outliers' columns win back three quarters of the loss"] = (
+            w4["2.4"] > 0.75
+        )
         smooth = min(row[f"w8a8 smooth {a}"] for a in (*ALPHAS, "auto"))
         held["naive w8a8 collapses"] = row["w8a8 naive"] > 1.2 * base
         held["smoothquant at its sweet spot within 1 % of float"] = smooth < 1.01 * base
-    return held, won["activation"]
+    return held, shares
+
+
+def lines_of(table):
+    """The table in Markdown: mean over the seeds, and standard deviation where they differ."""
+    lines = ["| books_test perplexity | " + " | ".join(table) + " |", "|---|" + "---|" * len(table)]
+    for label in rows(MODELS[0]):
+        cells = []
+        for row in table.values():
+            values = row.get(label, [])
+            spread = f" ± {statistics.stdev(values):.2f}" if len(set(values)) > 1 else ""
+            cells.append(f"{statistics.mean(values):.2f}{spread}" if values else "")
+        lines.append(f"| {label} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def write(text):
+    """``text`` between the marks of README.md."""
+    before, rest = README.read_text(encoding="utf-8").split(BEGIN)
+    after = rest.split(END)[1]
+    README.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", encoding="utf-8")
 
 
 def main():
@@ -125,26 +181,22 @@ def main():
     parser.add_argument("--windows", type=int, default=64)
     parser.add_argument("--text", default="test", choices=small_models.TEXTS)
     parser.add_argument("--results", help="a JSON file to go on from")
+    parser.add_argument("--write", action="store_true", help="put the table into README.md")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     results = small_models.Results(arguments.results)
     table = {name: measure(name, arguments, results) for name in arguments.models}
-    print(f"\nmean +- standard deviation over outlier seeds {arguments.seeds}\n")
-    print("| perplexity | " + " | ".join(table) + " |\n|---|" + "---|" * len(table))
-    for label in rows(MODELS[0]):
-        cells = []
-        for row in table.values():
-            values = row.get(label, [])
-            if not values:
-                cells.append("")
-                continue
-            spread = f" +- {statistics.stdev(values):.2f}" if len(set(values)) > 1 else ""
-            cells.append(f"{statistics.mean(values):.2f}{spread}")
-        print(f"| {label} | " + " | ".join(cells) + " |")
+    print(f"\nmean ± standard deviation over outlier seeds {arguments.seeds}\n")
+    print(lines_of(table))
+    if arguments.write:
+        write(lines_of(table))
     good = True
     for name, row in table.items():
-        held, won = orders(name, {k: statistics.mean(v) for k, v in row.items()})
-        print(f"\n{name}: 1 % by activation wins back {100 * won:.0f} % of the loss")
+        clean = clean_rounding(name.rpartition("-")[0], arguments, results)
+        held, shares = orders(name, {k: statistics.mean(v) for k, v in row.items()}, clean)
+        print(f"\n{name}")
+        for what, share in shares.items():
+            print(f"  won back: {100 * share:.0f} %: {what}")
         for statement, holds in held.items():
             print(f"  {'holds' if holds else 'DOES NOT HOLD'}: {statement}")
         good &= all(held.values())
