@@ -68,12 +68,48 @@ def test_counts(fraction, count):
 
 def test_over_gptq_and_in_the_pipeline():
     linear, x = problem()
-    module, _ = Mixed(0.05, base=GPTQ()).build(linear, "l", Scheme(3, 16), stats_of(x), False)
-    assert torch.equal(module.weight[:, 7], linear.weight[:, 7])
+    scheme, stats, weight = Scheme(3, 16), stats_of(x), linear.weight.detach()
+    exact = RTN().solve(weight, scheme, stats)[0], GPTQ().solve(weight, scheme, stats)[0]
+    module, info = Mixed(0.05, base=GPTQ()).build(linear, "l", scheme, stats, False)
+    losses = [
+        stats.output_loss(ops.dequantize(*codes, 16) - weight) for codes in exact
+    ] + [stats.output_loss(module.weight - weight)]
+    assert info["kept"] == [7, 31] and losses == sorted(losses, reverse=True)
+    assert losses[2] < 0.9 * losses[1]
+    # no other float columns are better: the gradient of the loss by them is zero
+    slope = (module.weight - weight).to(stats.gram.dtype) @ stats.gram[:, [7, 31]]
+    size = (module.weight - weight).abs().to(slope.dtype) @ stats.gram[:, [7, 31]].abs()
+    assert bool((slope.abs() <= 1e-5 * size).all())
     model = tiny("llama-gqa")
     report = quantize_(model, "mixed", "w3a16g16", DATA, progress=False, fraction=0.05)
     assert all(len(r.info["kept"]) >= 2 for r in report.linears)
     assert bool(model(input_ids=probe()).logits.isfinite().all())
+
+
+@pytest.mark.parametrize("fraction", [0.05, 1.0])
+def test_columns_that_nothing_excites_or_all_columns_stay_as_they_are(fraction):
+    linear, x = problem()
+    solver = Mixed(fraction, "random", base=GPTQ())
+    kept = solver.salient(linear.weight, None)
+    if fraction < 1:
+        x[:, kept] = 0
+    module, _ = solver.build(linear, "l", Scheme(3, 16), stats_of(x), False)
+    assert torch.equal(module.kept_weight, linear.weight.detach()[:, kept])
+
+
+@torch.no_grad()
+def test_a_float_column_leads_to_the_float_model_s_output():
+    """With "qronos" the kept columns aim at what the float model's inputs give."""
+    linear, x = problem()
+    drift = x + 0.05 * torch.randn_like(x)
+    stats, scheme = stats_of(drift), Scheme(3, 16)
+    stats.gram = drift.double().T @ drift.double()
+    stats.cross = (x - drift).double().T @ drift.double()
+    loss = {}
+    for name, base in (("clip", Clip()), ("qronos", GPTQ(target="qronos", strength=1.0))):
+        module, _ = Mixed(0.05, base=base).build(linear, "l", scheme, stats, False)
+        loss[name] = float((x @ linear.weight.T - drift @ module.weight.T).square().sum())
+    assert loss["qronos"] < 0.8 * loss["clip"]
 
 
 @pytest.mark.parametrize("method, base", [

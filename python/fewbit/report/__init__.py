@@ -124,6 +124,10 @@ class Report:
         """A matplotlib figure: the curves from which scales or alphas were chosen."""
         return self._plot("search")
 
+    def plot_sweep(self):
+        """A matplotlib figure: perplexity over the values of the option that was swept."""
+        return self._plot("sweep")
+
     def plot_sizes(self):
         """A matplotlib figure: MiB of the linears before and after, by kind."""
         return self._plot("sizes")
@@ -146,6 +150,13 @@ class Report:
             ]
         if self.fallbacks:
             lines.append(f"  fallbacks {len(self.fallbacks)}, first {self.fallbacks[0].name}")
+        if self.sweep:
+            least = min(self.sweep["perplexity"])
+            lines.append(
+                f"  sweep     {self.sweep['option']} {self.sweep['best']} of "
+                f"{', '.join(map(str, self.sweep['values']))}: held-out perplexity {least:.4g}, "
+                f"float {self.sweep['float']:.4g}"
+            )
         lines.append(f"  time      {self.seconds:.1f} s")
         return "\n".join(lines)
 

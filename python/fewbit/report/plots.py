@@ -106,6 +106,23 @@ def place(candidate: float | str | None) -> tuple[str, float] | None:
     return form, float(exponent or candidate)
 
 
+def sweep(report: Report):
+    """Perplexity over the values of the option that was swept; the best is marked."""
+    ax, found = axes(), report.sweep
+    values = found["values"]
+    numbers = all(isinstance(v, (int, float)) for v in values)
+    xs = values if numbers else list(range(len(values)))
+    ax.plot(xs, found["perplexity"], color=AFTER["color"], marker="o", markersize=4, linewidth=1)
+    best = values.index(found["best"])
+    ax.plot([xs[best]], [found["perplexity"][best]], "s", color=BEFORE["color"], label="best")
+    ax.axhline(found["float"], color="#7f7f7f", linestyle="--", label="float")
+    if not numbers:
+        ax.set_xticks(xs, [str(v) for v in values], rotation=30, ha="right", fontsize="small")
+    ax.set(xlabel=found["option"], ylabel="perplexity, held-out")
+    ax.legend(frameon=False)
+    return ax.figure
+
+
 def search(report: Report):
     """Loss relative to no transform, over the searched exponent; the chosen points are marked."""
     ax = axes()
@@ -171,6 +188,10 @@ PLOTS = {
         "Search of the scales", "Loss over the searched exponent, relative to no transform; the "
         "chosen points are marked. Below the line the transform helps.",
         lambda r: bool(searches(r)), search,
+    ),
+    "sweep": Plot(
+        "Sweep", "Perplexity of calibration text that was held back, over the values of one "
+        "option; the best is marked.", lambda r: bool(r.sweep), sweep,
     ),
     "sizes": Plot(
         "Size", "Bytes of the quantised linears, scales and zero points included.",
