@@ -161,7 +161,7 @@ def lines_of(table):
         cells = []
         for row in table.values():
             values = row.get(label, [])
-            spread = f" ± {statistics.stdev(values):.2f}" if len(set(values)) > 1 else ""
+            spread = f" +- {statistics.stdev(values):.2f}" if len(set(values)) > 1 else ""
             cells.append(f"{statistics.mean(values):.2f}{spread}" if values else "")
         lines.append(f"| {label} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -186,7 +186,7 @@ def main():
     torch.set_num_threads(1)
     results = small_models.Results(arguments.results)
     table = {name: measure(name, arguments, results) for name in arguments.models}
-    print(f"\nmean ± standard deviation over outlier seeds {arguments.seeds}\n")
+    print(f"\nmean +- standard deviation over outlier seeds {arguments.seeds}\n")
     print(lines_of(table))
     if arguments.write:
         write(lines_of(table))
