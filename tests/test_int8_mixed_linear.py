@@ -44,8 +44,10 @@ def test_against_float64(isa, m, outliers, keep):
         assert bool(((out.double() - want).abs() <= bound).all())
 
 
-def test_fixed_outliers_make_rows_independent_of_their_batch(isa):
-    w, x, columns, packed = layer(20, 64, 4, 9)
+# Rows of one chunk, and of two.
+@pytest.mark.parametrize("k, outliers, m", [(64, 5, 9), (16384, 65, 45)])
+def test_fixed_outliers_make_rows_independent_of_their_batch(isa, k, outliers, m):
+    w, x, columns, packed = layer(20, k, outliers, m)
     x[3, columns] = 0.1  # alone, row 3 would have no outliers
     whole = ops.int8_mixed_linear(x, *packed, None, 20, outliers=columns)
     for cut in (1, 2, 5):

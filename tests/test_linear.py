@@ -53,13 +53,15 @@ def test_size_is_what_the_formula_says():
 
 
 @pytest.mark.timeout(600)
-def test_compiles_as_one_graph():
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiles_as_one_graph(dynamic):
+    torch._dynamo.reset()
     model = nn.Sequential(
         PackedLinear.from_linear(nn.Linear(64, 48), "w4a16g32"),
         nn.ReLU(),
         PackedLinear.from_linear(nn.Linear(48, 16), "w3a16g16"),
     )
-    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
+    compiled = torch.compile(model, fullgraph=True, dynamic=dynamic, backend="aot_eager")
     for rows in (1, 3, 20):
         x = torch.randn(rows, 64)
         torch.testing.assert_close(compiled(x), model(x), rtol=0, atol=0)

@@ -1,5 +1,7 @@
 """Int8Linear and MixedInt8Linear in place of nn.Linear."""
 
+import itertools
+
 import pytest
 import torch
 from torch import nn
@@ -51,18 +53,19 @@ def test_asymmetric_uses_the_weight_sums():
 
 
 @pytest.mark.timeout(600)
+@pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("mode", MODES)
-def test_compiles_as_one_graph(mode):
+def test_compiles_as_one_graph(mode, dynamic):
     torch._dynamo.reset()  # the limit on recompilations counts all modules of a class
     packed = module(mode, nn.Linear(64, 48))
-    compiled = torch.compile(packed, fullgraph=True, dynamic=True, backend="aot_eager")
+    compiled = torch.compile(packed, fullgraph=True, dynamic=dynamic, backend="aot_eager")
     for rows in (1, 3, 20):
         x = torch.randn(rows, 64)
         assert torch.equal(compiled(x), packed(x))
 
 
+@pytest.mark.timeout(600)
 def test_mixed_keeps_outliers():
-    torch._dynamo.reset()
     linear = nn.Linear(64, 16).requires_grad_(False)
     codes = Codes(*quantize(linear.weight, 8, -1, True))
     scheme = Scheme.parse("w8a8", scale_dtype="float32")
@@ -76,8 +79,10 @@ def test_mixed_keeps_outliers():
     want = linear(x)
     errors = [float((y - want).abs().max()) for y in (plain, mixed(x), exact(x))]
     assert errors[0] > 2 * errors[1] > 2 * errors[2]
-    compiled = torch.compile(exact, fullgraph=True, dynamic=True, backend="aot_eager")
-    assert torch.equal(compiled(x), exact(x))
+    for layer, dynamic in itertools.product((mixed, exact), (False, True)):
+        torch._dynamo.reset()
+        compiled = torch.compile(layer, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+        assert all(torch.equal(compiled(x[:rows]), layer(x[:rows])) for rows in (1, 3))
     assert exact.half().kept_weight.dtype == torch.float32
 
 

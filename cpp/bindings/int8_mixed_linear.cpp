@@ -1,6 +1,7 @@
 #include "fewbit/int8_mixed_linear.h"
 
 #include <algorithm>
+#include <cstring>
 
 #include "cuda_product.h"
 #include "per_token_args.h"
@@ -135,11 +136,16 @@ Tensor int8_mixed_linear(const Tensor& x, const Tensor& packed, const Tensor& sc
   }
   Outlier* outlier = scratch.get<1>();
   int64_t count = 0;
-  for (int64_t k = 0; k < columns; ++k) {
-    if (!flag[k]) continue;
+  const auto next = [&](int64_t k) -> int64_t {
+    const void* found = std::memchr(flag + k, 1, size_t(columns - k));
+    return found ? static_cast<const uint8_t*>(found) - flag : columns;
+  };
+  for (int64_t k = next(0); k < columns; k = next(k + 1)) {
     const int64_t g = k / l.group_size;
-    const int64_t unit = g * l.group_units() + (k - g * l.group_size) / unit_columns(8);
-    outlier[count++] = {k, g, unit * panel_rows, kept ? by_column[k] : nullptr};
+    const int64_t in_group = k - g * l.group_size;
+    const int64_t unit = g * l.group_units() + in_group / unit_columns(8);
+    outlier[count++] = {k, g, unit * panel_rows, int(8 * (in_group % unit_columns(8))),
+                        kept ? by_column[k] : nullptr};
   }
 
   Tensor out = empty({m, l.rows}, x.scalar_type());
@@ -154,8 +160,12 @@ Tensor int8_mixed_linear(const Tensor& x, const Tensor& packed, const Tensor& sc
                                floats ? floats->get<1>() : nullptr,
                                w.scale_dtype,
                                m,
+                               0,
+                               m,
                                count,
-                               l};
+                               l,
+                               l.groups(),
+                               l.panel_words()};
   if (count > 0)
     run(OutlierGather{in.const_data_ptr(), outlier, floats->get<0>(), dtype, m, columns, count},
         grain_for(count));

@@ -39,52 +39,59 @@ void kernel(const OutlierGather& a, int64_t begin, int64_t end) {
   });
 }
 
-// Outlier columns decoded at a time; 8 rows share a load of them.
-constexpr int64_t span = 64;
+constexpr int64_t span = 64;                          // outlier columns decoded at a time
+constexpr int block = FEWBIT_ISA_LEVEL >= 2 ? 8 : 4;  // rows that share a load of them
 
+// In two sums, of every other outlier: one alone is a chain as long as there are outliers.
 template <int rows>
 FEWBIT_INLINE void add_rows(const OutlierProduct& a, int64_t m, int64_t o0, int64_t n,
                             const float* w, int64_t panel) {
-  const int64_t stride = a.layout.panels() * panel_rows;
-  float* out = a.out + m * stride + panel * panel_rows;
+  float* out = a.out + a.at(m, panel);
+  const float* x = a.x + m * a.outliers + o0;
   for (int v = 0; v < panel_rows; v += F32::width) {
-    F32 sum[rows];
-    for (int r = 0; r < rows; ++r) sum[r] = o0 == 0 ? F32::zero() : F32::load(out + r * stride + v);
-    for (int64_t o = 0; o < n; ++o) {
-      const F32 right = F32::load(w + o * panel_rows + v);
-      for (int r = 0; r < rows; ++r)
-        sum[r] = fma(F32::set(a.x[(m + r) * a.outliers + o0 + o]), right, sum[r]);
+    F32 sum[2][rows];
+    for (int r = 0; r < rows; ++r) {
+      sum[0][r] = o0 == 0 ? F32::zero() : F32::load(out + r * panel_rows + v);
+      sum[1][r] = F32::zero();
     }
-    for (int r = 0; r < rows; ++r) sum[r].store(out + r * stride + v);
+    const auto add = [&](int64_t o, F32(&to)[rows]) {
+      const F32 right = F32::load(w + o * panel_rows + v);
+      for (int r = 0; r < rows; ++r) to[r] = fma(F32::set(x[r * a.outliers + o]), right, to[r]);
+    };
+    int64_t o = 0;
+    for (; o + 2 <= n; o += 2) {
+      add(o, sum[0]);
+      add(o + 1, sum[1]);
+    }
+    if (o < n) add(o, sum[0]);
+    for (int r = 0; r < rows; ++r) (sum[0][r] + sum[1][r]).store(out + r * panel_rows + v);
   }
 }
 
-// Columns of one panel to w[outlier][16].
+// Outliers [o0, o0 + n) of one panel to w[outlier][16].
 static void decode(const OutlierProduct& a, int64_t panel, int64_t o0, int64_t n, float* w) {
-  const PackedLayout& l = a.layout;
-  const int64_t first = panel * panel_rows;
-  int64_t group = -1;
-  F32 s[vectors], z[vectors];
-  for (int v = 0; v < vectors; ++v) s[v] = z[v] = F32::zero();
-  for (int64_t o = 0; o < n; ++o, w += panel_rows) {
-    const Outlier& outlier = a.outlier[o0 + o];
-    if (outlier.kept) {
-      for (int64_t r = 0; r < panel_rows; ++r)
-        w[r] = first + r < l.rows ? outlier.kept[first + r] : 0.0f;
+  const int64_t first = panel * panel_rows, rows = a.layout.rows - first;
+  const uint32_t* packed = a.packed + panel * a.panel_words;
+  const Outlier *o = a.outlier + o0, *end = o + n;
+  while (o < end) {
+    if (o->kept) {
+      for (int64_t r = 0; r < panel_rows; ++r) w[r] = r < rows ? o->kept[first + r] : 0.0f;
+      ++o;
+      w += panel_rows;
       continue;
     }
-    const uint32_t* unit = a.packed + panel * l.panel_words() + outlier.word;
-    const int64_t at = (panel * l.groups() + outlier.group) * panel_rows;
+    const int64_t group = o->group;  // for all that follow in it
+    F32 s[vectors], z[vectors];
     for (int v = 0; v < vectors; ++v) {
-      if (outlier.group != group) {
-        s[v] = load_scale(a.scale, a.scale_dtype, at + v * F32::width);
-        z[v] = F32::load(a.zero_point + at + v * F32::width);
-      }
-      const int shift = int(8 * (outlier.column - outlier.group * l.group_size) % 32);
-      const F32 q = low_bits<8>(load_u32(unit + v * F32::width) >> shift);
-      ((q - z[v]) * s[v]).store(w + v * F32::width);
+      const int64_t at = (panel * a.groups + group) * panel_rows + v * F32::width;
+      s[v] = load_scale(a.scale, a.scale_dtype, at);
+      z[v] = F32::load(a.zero_point + at);
     }
-    group = outlier.group;
+    for (; o < end && o->group == group && !o->kept; ++o, w += panel_rows)
+      for (int v = 0; v < vectors; ++v) {
+        const F32 q = low_bits<8>(load_u32(packed + o->word + v * F32::width) >> o->shift);
+        ((q - z[v]) * s[v]).store(w + v * F32::width);
+      }
   }
 }
 
@@ -94,9 +101,9 @@ void kernel(const OutlierProduct& a, int64_t begin, int64_t end) {
       const int64_t n = a.outliers - o0 < span ? a.outliers - o0 : span;
       float w[span * panel_rows];
       decode(a, panel, o0, n, w);
-      int64_t m = 0;
-      for (; m + 8 <= a.m; m += 8) add_rows<8>(a, m, o0, n, w, panel);
-      for (; m < a.m; ++m) add_rows<1>(a, m, o0, n, w, panel);
+      int64_t m = a.begin;
+      for (; m + block <= a.end; m += block) add_rows<block>(a, m, o0, n, w, panel);
+      for (; m < a.end; ++m) add_rows<1>(a, m, o0, n, w, panel);
     }
 }
 

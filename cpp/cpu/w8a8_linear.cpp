@@ -121,15 +121,23 @@ void kernel(const Digits& a, int64_t begin, int64_t end) {
 
 // ---- the product -------------------------------------------------------------------------------
 
-// Rows [first_row, +rows) of a block of block_rows rows.
+// How far ahead of the product memory is asked for: 8 KiB of codes, and the scales and zero points
+// of as many groups as usually belong to the next 16 KiB. With less, a core waits for memory; these
+// lie beyond what the hardware follows by itself.
+constexpr int64_t words_ahead = 128 * panel_rows, groups_ahead = 16;
+
+// Rows [first_row, +rows) of a block of block_rows rows. The first tile of a panel and a chunk of
+// rows runs the outliers' product for the `outlier_rows` rows from its own on.
 template <int bits, bool codes, int block_rows, int rows, int panels>
-static void tile(const W8A8Linear& a, int64_t block, int first_row, int64_t panel, int64_t last) {
+static void tile(const W8A8Linear& a, int64_t block, int first_row, int64_t panel, int64_t last,
+                 int64_t outlier_rows) {
   using Unit = UnitRows<bits>;
   constexpr int across = panels * vectors, digits = digits_of(bits, codes);
   constexpr int quads = Unit::columns / 4;
   constexpr int chunk = dot_steps / quads;  // units between two widenings
   const PackedLayout& l = a.layout;
   const int64_t groups = l.groups(), m = block * block_rows + first_row;
+  const int64_t scale_bytes = a.scale_dtype == DType::f32 ? 4 : 2;
   const uint32_t* x = a.x + (block * (l.padded_columns() / 4) * block_rows + first_row) * digits;
 
   // A panel past the strip's last is the last again: its results are dropped.
@@ -163,8 +171,7 @@ static void tile(const W8A8Linear& a, int64_t block, int first_row, int64_t pane
         for (int c = 0; c < across; ++c) {
           const uint32_t* from = packed[c / vectors] + word + c % vectors * F32::width;
           unit[c] = Unit::load(from);
-          // The panels are streams of their own: ahead of what the hardware follows.
-          if (c % vectors == 0) __builtin_prefetch(from + 32 * panel_rows);
+          if (c % vectors == 0) __builtin_prefetch(from + words_ahead);
         }
         FEWBIT_UNROLL
         for (int j = 0; j < quads; ++j) {
@@ -186,6 +193,11 @@ static void tile(const W8A8Linear& a, int64_t block, int first_row, int64_t pane
     for (int c = 0; c < across; ++c) {
       const int64_t i = at[c / vectors] + g * panel_rows + c % vectors * F32::width;
       const F32 s = load_scale(a.scale, a.scale_dtype, i);
+      if (c % vectors == 0) {
+        const int64_t ahead = i + groups_ahead * panel_rows;
+        __builtin_prefetch(static_cast<const char*>(a.scale) + ahead * scale_bytes);
+        __builtin_prefetch(a.zero_point + ahead);
+      }
       for (int r = 0; r < rows; ++r) {
         const int64_t mg = (m + r < a.m ? m + r : a.m - 1) * groups + g;
         if constexpr (codes) {
@@ -209,12 +221,18 @@ static void tile(const W8A8Linear& a, int64_t block, int first_row, int64_t pane
     for (int r = 0; r < rows; ++r)
       for (int c = 0; c < across; ++c)
         total[r][c] = total[r][c] * F32::set(a.x_scale[m + r < a.m ? m + r : a.m - 1]);
-  if (a.outliers)
+  if (a.outliers) {
+    OutlierProduct o = *a.outliers;
+    if (outlier_rows > 0) {
+      o.begin = m;
+      o.end = m + outlier_rows < a.m ? m + outlier_rows : a.m;
+      a.outlier_product(o, panel, panel + panels < last ? panel + panels : last);
+    }
     for (int r = 0; r < rows && m + r < a.m; ++r)
       for (int c = 0; c < across && panel + c / vectors < last; ++c)
-        total[r][c] =
-            total[r][c] + F32::load(a.outliers->out + (m + r) * l.panels() * panel_rows +
-                                    (panel + c / vectors) * panel_rows + c % vectors * F32::width);
+        total[r][c] = total[r][c] + F32::load(o.out + o.at(m + r, panel + c / vectors) +
+                                              c % vectors * F32::width);
+  }
   write_tile(a, m, panel * vectors, last * vectors, total);
 }
 
@@ -227,6 +245,7 @@ static constexpr int step_rows(int block_rows, int digits) {
   return rows;
 }
 static constexpr int step_panels(int rows, int digits) {
+  if (rows <= fixed_rows) return 1;  // bound by memory, which gives one stream more than several
   const int panels = (FEWBIT_ISA_LEVEL >= 2 ? 12 : 6) / (rows * digits * vectors);
   return panels < 1 ? 1 : panels > 4 ? 4 : panels;
 }
@@ -242,7 +261,8 @@ static void blocks(const W8A8Linear& a, int64_t first, int64_t last) {
     for (int64_t p = first; p < last; p += panels)
       for (int64_t b = b0; b < all && b < b0 + fit; ++b)
         for (int r = 0; r < block_rows && b * block_rows + r < a.m; r += rows)
-          tile<bits, codes, block_rows, rows, panels>(a, b, r, p, last);
+          tile<bits, codes, block_rows, rows, panels>(a, b, r, p, last,
+                                                      b == b0 && r == 0 ? fit * block_rows : 0);
 }
 
 template <int bits>
@@ -262,29 +282,14 @@ static void strips(const W8A8Linear& a, int64_t first, int64_t last) {
   }
 }
 
-// Asks for the outlier columns' words of panels [first, last): they are far apart, so each is a
-// miss.
-static void prefetch_outliers(const W8A8Linear& a, int64_t first, int64_t last) {
-  for (int64_t p = first; p < last; ++p)
-    for (int64_t o = 0; o < a.outliers->outliers; ++o)
-      __builtin_prefetch(a.packed + p * a.layout.panel_words() + a.outliers->outlier[o].word, 0, 2);
-}
-
 void kernel(const W8A8Linear& a, int64_t begin, int64_t end) {
-  const int64_t panels = a.layout.panels(), stop = end * a.strip < panels ? end * a.strip : panels;
-  const int64_t step = a.outliers ? a.strip : stop;
-  for (int64_t first = begin * a.strip; first < stop; first += step) {
-    const int64_t last = first + step < stop ? first + step : stop;
-    if (a.outliers) {
-      a.outlier_product(*a.outliers, first, last);
-      prefetch_outliers(a, last, last + step < stop ? last + step : stop);
-    }
-    switch (a.layout.bits) {
-      case 2: strips<2>(a, first, last); break;
-      case 3: strips<3>(a, first, last); break;
-      case 4: strips<4>(a, first, last); break;
-      case 8: strips<8>(a, first, last); break;
-    }
+  const int64_t panels = a.layout.panels(), first = begin * a.strip;
+  const int64_t last = end * a.strip < panels ? end * a.strip : panels;
+  switch (a.layout.bits) {
+    case 2: strips<2>(a, first, last); break;
+    case 3: strips<3>(a, first, last); break;
+    case 4: strips<4>(a, first, last); break;
+    case 8: strips<8>(a, first, last); break;
   }
 }
 

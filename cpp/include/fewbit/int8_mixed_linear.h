@@ -4,7 +4,8 @@
 //
 // O: columns with some |x[m, k]| >= threshold, or given. w is the float column where it was kept,
 // else (q - z) s from the packed codes. The int8 part is W8A8Linear with the columns of O left out
-// of the quantisation of x; this file computes O and the second sum, in float32, columns in order.
+// of the quantisation of x; this file computes O and the second sum, in float32, in
+// an order that depends on O alone.
 #pragma once
 #include "fewbit/dtype.h"
 #include "fewbit/kernel.h"
@@ -31,6 +32,7 @@ struct Outlier {
   int64_t column;
   int64_t group;
   int64_t word;       // of its unit in a panel's words
+  int shift;          // of its code in the word
   const float* kept;  // w[:, column] as [rows]; or null: from the codes
 };
 
@@ -54,12 +56,17 @@ struct OutlierProduct {
   const uint32_t* packed;     // 8-bit codes, [panels, units, 16]
   const void* scale;          // [panels, groups, 16] of scale_dtype
   const uint8_t* zero_point;  // [panels, groups, 16]
-  float* out;                 // [m, panels * 16]
+  float* out;                 // [panels, m, 16]
   DType scale_dtype;
   int64_t m;
+  int64_t begin, end;  // the rows of one call
   int64_t outliers;
   PackedLayout layout;
+  int64_t groups, panel_words;  // the layout's: each costs divisions, and a call may be short
 
+  FEWBIT_ALWAYS_INLINE int64_t at(int64_t row, int64_t panel) const {  // in out
+    return (panel * m + row) * panel_rows;
+  }
   FEWBIT_ALWAYS_INLINE int64_t tasks() const { return layout.panels(); }
 };
 

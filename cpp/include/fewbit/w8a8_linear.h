@@ -58,8 +58,9 @@ struct W8A8Linear {
   const void* scale;          // [panels, groups, 16] of scale_dtype
   const uint8_t* zero_point;  // [panels, groups, 16]
   const float* bias;          // [rows]; or null
-  // The float part of LLM.int8(), added to the product; or null. Run a few panels ahead of it, so
-  // that neither its sums nor the weight leave the cache in between.
+  // The float part of LLM.int8(), added to the product; or null. Run by the first tile of a panel
+  // and a chunk of rows, which has just read the panel's codes: the outlier columns are far apart,
+  // and each would be a miss.
   const OutlierProduct* outliers;
   Kernel<OutlierProduct> outlier_product;
   void* out;  // [m, rows] of dtype
