@@ -6,6 +6,9 @@ from shared_models import quantized
 import fewbit
 from fewbit import card
 from fewbit.checkpoint import load_float, save
+from fewbit.cli import main
+from fewbit.recipe_file import RECIPE
+from fewbit.report import REPORT, Report
 
 pytest.importorskip("transformers")
 
@@ -49,3 +52,15 @@ def test_somebodys_own_card_stays(shared, tmp_path):
     save(model, tmp_path / "b")
     card.write(tmp_path / "b", source="other")
     assert "# other," in (tmp_path / "b" / "README.md").read_text()
+
+
+def test_a_report_lies_beside_its_model_and_goes_with_it(shared, tmp_path):
+    model = load_float(shared / "models" / "llama-tiny")
+    report = fewbit.quantize_(model, "rtn", "w4a16g128sym", progress=False)
+    save(model, tmp_path, report=report)
+    stored = Report.load(tmp_path / REPORT)
+    assert stored.to_dict() == report.to_dict()
+    assert main(["report", str(tmp_path), "--quiet"]) == 0
+    (tmp_path / RECIPE).write_text("")
+    save(model, tmp_path)
+    assert not {p.name for p in tmp_path.iterdir()} & {REPORT, "fewbit_report.html", RECIPE}

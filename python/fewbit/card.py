@@ -8,7 +8,8 @@ from string import Template
 
 from .conversion import verdicts
 from .engines import Verdict
-from .report import Report
+from .recipe_file import RECIPE
+from .report import REPORT, Report
 from .shards import Shards
 
 MARK = "<!-- written by fewbit -->"  # a card without it is somebody's own and stays
@@ -53,6 +54,12 @@ def write(path: str | Path, report: Report | None = None, source: str = "") -> N
     if target.exists() and MARK not in target.read_text(encoding="utf-8", errors="replace"):
         return
     target.write_text(text(path, report, source), encoding="utf-8")
+
+
+def clear(path: str | Path, files: list[str]) -> None:
+    """Take away the report and recipe of an earlier model in ``path``, unless among ``files``."""
+    for name in {REPORT, str(Path(REPORT).with_suffix(".html")), RECIPE} - set(files):
+        (Path(path) / name).unlink(missing_ok=True)
 
 
 def text(path: str | Path, report: Report | None = None, source: str = "") -> str:

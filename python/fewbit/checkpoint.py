@@ -6,6 +6,7 @@ layouts are those of formats/.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,7 +36,7 @@ from .linearise import linearise_known
 from .modules import build_linear, format_for, module_tensors
 from .pipeline import replace_module
 from .recipes import Recipe
-from .report import Report
+from .report import REPORT, Report
 from .runtime import BESIDE, SECTION, hang, refuse_replaced_norms, settings
 from .shards import Shards, Writer, same_directory
 from .stored import find
@@ -65,7 +66,8 @@ def save(
 
     ``format``: a name of ``fewbit.formats.WRITERS``. What is not quantised is written in the type
     it has. A model card README.md is written too, with the figures of ``report`` (what
-    ``quantize_`` returned) where one is given. Nothing is half-written: files get their names when
+    ``quantize_`` returned) where one is given, and the report itself, for ``fewbit report``; one of
+    an earlier model in ``path`` goes. Nothing is half-written: files get their names when
     all of them are complete. Raises UsageError for a model without packed linears,
     UnsupportedError where one does not fit.
     """
@@ -103,7 +105,8 @@ def save(
             described_as["tie_word_embeddings"] = False
         if online:
             described_as[SECTION] = online
-        files = finish(writer, described_as, section, _side_files(model))
+        files = finish(writer, described_as, section, _side_files(model, report))
+    card.clear(path, files)
     if tokenizer is not None:
         tokenizer.save_pretrained(path)
     card.write(path, report, source)
@@ -163,11 +166,13 @@ def _float_dtype(model: nn.Module) -> torch.dtype:
     return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
 
 
-def _side_files(model: nn.Module) -> dict[str, bytes]:
-    generation = getattr(model, "generation_config", None)
-    if generation is None:
-        return {}
-    return {"generation_config.json": generation.to_json_string().encode()}
+def _side_files(model: nn.Module, report: Report | None) -> dict[str, bytes]:
+    files = {}
+    if (generation := getattr(model, "generation_config", None)) is not None:
+        files["generation_config.json"] = generation.to_json_string().encode()
+    if report is not None:
+        files[REPORT] = (json.dumps(report.to_dict(), indent=1) + "\n").encode()
+    return files
 
 
 def load(path: str | Path, dtype: torch.dtype | None = None) -> nn.Module:

@@ -109,6 +109,7 @@ def convert(
         files = finish(writer, config, section, side_files(shards.path, SIDE_FILES, MAX_SIDE))
     from . import card
 
+    card.clear(target, files)
     card.write(target, source=shards.path.name)
     return Converted(
         plan.format.name, to, len(stored), nbytes, files, verdicts(target), notes

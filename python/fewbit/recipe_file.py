@@ -28,6 +28,7 @@ from .errors import MissingExtraError, UsageError
 from .recipes import Recipe
 from .scheme import Scheme
 
+RECIPE = "fewbit_recipe.toml"  # its name in a quantised directory
 DEFAULTS: dict[str, Any] = {
     "model": None,
     "method": "awq",

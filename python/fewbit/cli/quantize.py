@@ -11,12 +11,12 @@ import torch
 
 from .. import recipe_file
 from ..errors import MissingCalibrationError, UsageError
+from ..recipe_file import RECIPE
 from . import Result
 
 USAGE = "MODEL_DIR -o OUT [options]"
 EXAMPLE = "fewbit quantize MODEL_DIR -o OUT --method awq --calibration text.txt"
 DTYPES = ("source", "float16", "bfloat16", "float32")
-RECIPE = "fewbit_recipe.toml"
 
 
 def arguments(parser) -> None:
