@@ -38,11 +38,13 @@ def cases():
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--threads", type=int, default=2)
-    torch.set_num_threads(parser.parse_args().threads)
+    parser.add_argument("--rounds", type=int, default=51)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
     reuse_memory()
     print(_C.isa())
     for case in cases():
-        case.run(21)
+        case.run(arguments.rounds)
         print(case.line(), flush=True)
 
 

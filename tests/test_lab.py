@@ -184,6 +184,7 @@ NAMES = {
     "get_act_scales": "model tokenizer dataset_path num_samples seq_len",
     "smooth_lm": "model scales alpha", "get_orthogonal_matrix": "size mode dtype device",
     "fuse_ln_linear": "layernorm linear_layers", "fuse_layer_norms_tinyllama": "model",
+    "fuse_layer_norms_opt": "model",
     "rotate_model_weight": "model R1", "quantize_tinyllama": "model",
     "plot_2d_layer_comparison": "output1 output2 title1 title2 layer_range seq_slice",
 }  # fmt: skip
@@ -244,3 +245,28 @@ def test_rotation_keeps_the_function_and_parity_does_not_on_opt(twin):
     assert float((model(probe()).logits - before).abs().max() / before.abs().max()) < 1e-9
     lab.rotate_model_weight(wrong, r1, parity=True)
     assert float((wrong(probe()).logits - before).abs().max()) > 1e-3
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("twin", ["opt", "llama-gqa"])
+def test_section_5_whole_on_both_kinds_of_model(twin):
+    """Norms fused, then rotated, each without a change; then W8A8 and the picture."""
+    model = tiny(twin, torch.float64)
+    fuse = lab.fuse_layer_norms_opt if twin == "opt" else lab.fuse_layer_norms_tinyllama
+    quantize = lab.quantize_opt if twin == "opt" else lab.quantize_tinyllama
+    before = model(probe(), output_hidden_states=True)
+    fuse(model)
+    fused = model(probe()).logits
+    assert float((fused - before.logits).abs().max() / before.logits.abs().max()) < 1e-9
+    lab.rotate_model_weight(model, lab.get_orthogonal_matrix(48, "hadamard", torch.float64))
+    after = model(probe(), output_hidden_states=True)
+    change = (after.logits - before.logits).abs().max() / before.logits.abs().max()
+    assert float(change) < 1e-9
+    figure = lab.plot_2d_layer_comparison(
+        before.hidden_states, after.hidden_states, "as it is", "rotated", [0, 1], (2, None)
+    )
+    assert [axis.get_title() for axis in figure.axes] == [
+        "as it is, layer 0", "rotated, layer 0", "as it is, layer 1", "rotated, layer 1"]
+    quantize(model.float())
+    error = (model(probe()).logits - before.logits).norm() / before.logits.norm()
+    assert 0 < float(error) < 0.1

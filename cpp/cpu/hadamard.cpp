@@ -4,14 +4,14 @@
 
 namespace fewbit::cpu::FEWBIT_ISA {
 
-constexpr int64_t block = 4096;  // floats whose butterflies stay in L1
+constexpr int block_stages = 12;  // of butterflies on 2^12 floats, which stay in L1
 constexpr int lane_stages = F32::width == 16 ? 4 : F32::width == 8 ? 3 : 0;
 // Butterflies that one pass over memory does: 2^radix vectors are held in registers.
 constexpr int max_radix = F32::width == 16 ? 4 : 3;
 constexpr int64_t few = 16;  // columns that every step of a base can take
 
-// Asks for the next row, a few lines at a time while this one is computed: otherwise memory would
-// rest until the row is done.
+// Asks for the next row, a few lines at a time while this one is written: memory reads and writes
+// at once, and rests while neither is done.
 struct Ahead {
   const char* at;
   const char* end;
@@ -20,10 +20,12 @@ struct Ahead {
   }
 };
 
-// Where results go: times `scale`, and past the caches if they are float32 and `past`.
+// Where results go: times `scale`, and past the caches if they are float32 and `past`. The last
+// step of a row is the one that writes y.
 struct Finish {
   float scale;
   bool past;
+  bool last = true;
   template <class T>
   FEWBIT_INLINE_MEMBER void put(F32 v, T* to) const {
     if (scale != 1.0f) v = v * F32::set(scale);
@@ -32,7 +34,7 @@ struct Finish {
     v.store(to);
   }
 };
-constexpr Finish keep{1.0f, false};
+constexpr Finish keep{1.0f, false, false};
 
 // Butterflies across count vectors, on strides half, 2 half, .. count / 2.
 template <int count, int half>
@@ -61,12 +63,10 @@ FEWBIT_INLINE void pass(const In* in, Out* out, int64_t n, int64_t first, const 
 #pragma GCC unroll 16
       for (int r = 0; r < count; ++r) {
         v[r] = F32::load(in + j + r * first);
-        if constexpr (lanes) {
-          if (signs) v[r] = v[r] * F32::load(signs + j + r * first);
-          v[r] = butterflies<lane_stages>(v[r]);
-        }
+        if (signs) v[r] = v[r] * F32::load(signs + j + r * first);
+        if constexpr (lanes) v[r] = butterflies<lane_stages>(v[r]);
       }
-      if constexpr (!lanes) ahead.step(count * F32::width / 16);
+      if (!lanes && finish.last) ahead.step(count * F32::width / 16);
       across<count, 1>(v);
 #pragma GCC unroll 16
       for (int r = 0; r < count; ++r) finish.put(v[r], out + j + r * first);
@@ -88,47 +88,48 @@ FEWBIT_INLINE void pass_of(int radix, const In* in, Out* out, int64_t n, int64_t
   }
 }
 
-// x H_{2^k} of one stretch, unnormalised; 2^k >= F32::width.
+// x H_{2^k} of one stretch that stays in L1, unnormalised; 2^k >= F32::width.
 template <class In, class Out>
-static void sylvester(const In* in, float* buffer, Out* out, int k, const float* signs,
-                      Finish finish, Ahead& ahead) {
+static void sylvester_in_block(const In* in, float* buffer, Out* out, int k, const float* signs,
+                               Finish finish, Ahead& ahead) {
   const int64_t n = int64_t(1) << k;
-  const int64_t part = n < block ? n : block;
-  int stages = k - lane_stages;  // strides of one vector and more
-  const int inner = part < n ? int(__builtin_ctzll(uint64_t(part))) - lane_stages : stages;
+  int left = k - lane_stages;  // strides of one vector and more
   int64_t first = F32::width;
-  for (int64_t b = 0; b < n; b += part) {
-    int left = inner;
-    first = F32::width;
-    bool begun = false;
-    do {
-      // Even passes: 10 stages are 4 + 3 + 3 rather than 4 + 4 + 2.
-      const int passes = left ? (left + max_radix - 1) / max_radix : 1;
-      const int radix = (left + passes - 1) / passes;
-      left -= radix;
-      const bool last = left == 0 && part == n;
-      const float* s = signs ? signs + b : signs;
-      if (!begun && last)
-        pass_of<true>(radix, in + b, out + b, part, first, s, finish, ahead);
-      else if (!begun)
-        pass_of<true>(radix, in + b, buffer + b, part, first, s, keep, ahead);
-      else if (last)
-        pass_of<false>(radix, buffer + b, out + b, part, first, nullptr, finish, ahead);
-      else
-        pass_of<false>(radix, buffer + b, buffer + b, part, first, nullptr, keep, ahead);
-      first <<= radix;
-      begun = true;
-    } while (left > 0);
-  }
-  for (stages -= inner; stages > 0;) {
-    const int radix = stages < max_radix ? stages : max_radix;
-    stages -= radix;
-    if (stages == 0)
+  bool begun = false;
+  do {
+    // Even passes: 10 stages are 4 + 3 + 3 rather than 4 + 4 + 2.
+    const int passes = left ? (left + max_radix - 1) / max_radix : 1;
+    const int radix = (left + passes - 1) / passes;
+    left -= radix;
+    if (!begun && left == 0)
+      pass_of<true>(radix, in, out, n, first, signs, finish, ahead);
+    else if (!begun)
+      pass_of<true>(radix, in, buffer, n, first, signs, keep, ahead);
+    else if (left == 0)
       pass_of<false>(radix, buffer, out, n, first, nullptr, finish, ahead);
     else
       pass_of<false>(radix, buffer, buffer, n, first, nullptr, keep, ahead);
     first <<= radix;
+    begun = true;
+  } while (left > 0);
+}
+
+// The same of any stretch: the strides of a block and more first, so that y is written in order.
+template <class In, class Out>
+static void sylvester(const In* in, float* buffer, Out* out, int k, const float* signs,
+                      Finish finish, Ahead& ahead) {
+  constexpr int64_t block = int64_t(1) << block_stages;
+  static_assert(Hadamard::max_width == block << 3);
+  const int64_t n = int64_t(1) << k;
+  if (n <= block) return sylvester_in_block(in, buffer, out, k, signs, finish, ahead);
+  switch (k - block_stages) {
+    case 1: pass<1, false>(in, buffer, n, block, signs, keep, ahead); break;
+    case 2: pass<2, false>(in, buffer, n, block, signs, keep, ahead); break;
+    case 3: pass<3, false>(in, buffer, n, block, signs, keep, ahead); break;
   }
+  alignas(64) float part[block];  // in place, the buffer would leave L1 twice
+  for (int64_t b = 0; b < n; b += block)
+    sylvester_in_block(buffer + b, part, out + b, block_stages, nullptr, finish, ahead);
 }
 
 // The same for 2^k below a vector, on all stretches of a row.
@@ -207,7 +208,7 @@ static void by_patterns(const HadamardBase& base, const float* z, int64_t from, 
           for (int v = 0; v < vectors; ++v)
             sum[i][v] = sum[i][v] + F32::load(entry + v * F32::width);
         }
-      if (end) ahead.step(outputs * lanes / 16);
+      if (end && finish.last) ahead.step(outputs * lanes / 16);
       for (int i = 0; i < here; ++i)
         for (int v = 0; v < vectors; ++v) {
           if (!end) {
@@ -249,7 +250,7 @@ static void by_products(const HadamardBase& base, const float* z, int64_t from, 
         for (int v = 0; v < vectors; ++v) sum[i][v] = fma(x[v], b, sum[i][v]);
       }
     }
-    ahead.step(outputs * columns / 16);
+    if (finish.last) ahead.step(outputs * columns / 16);
     for (int i = 0; i < here; ++i)
       for (int v = 0; v < vectors; ++v) finish.put(sum[i][v], y + (o + i) * to + v * F32::width);
   }

@@ -7,7 +7,7 @@ namespace fewbit::cuda {
 constexpr int max_radix = 4;  // butterflies of 2^4 values are done in registers
 
 // Stages on strides first, 2 first, .. over the row, 2^radix values per thread. Sums are made in
-// the order of the strides, as on the CPU: the result has the same bits.
+// the order of the strides, as on the CPU up to 4096.
 template <int radix, class Get, class Put>
 FEWBIT_DEVICE void butterfly_pass(int width, int first, const Get& get, const Put& put) {
   constexpr int count = 1 << radix;

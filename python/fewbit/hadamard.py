@@ -244,7 +244,7 @@ def plan(n: int) -> Plan:
     for orders in _factorings(odd, twos, odd):
         k = (n // math.prod(orders)).bit_length() - 1
         short = _SHORT[k] if orders and k < len(_SHORT) else 0
-        cost = short + sum(_additions(order) + 4 for order in orders)  # 4: the tables
+        cost = short + sum(_additions(order) + 8 for order in orders)  # 8: tables, load, store
         found.append((cost, Plan(n, orders, k, exact=True)))
     if found:
         return min(found, key=lambda pair: pair[0])[1]

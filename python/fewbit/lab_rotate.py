@@ -12,6 +12,7 @@ from .transforms.fold import FoldNorm, float64, fold_into
 from .transforms.rotate import Rotate
 
 __all__ = [
+    "fuse_layer_norms_opt",
     "fuse_layer_norms_tinyllama",
     "fuse_ln_linear",
     "get_orthogonal_matrix",
@@ -41,6 +42,14 @@ def fuse_ln_linear(layernorm: nn.Module, linear_layers) -> None:
 def fuse_layer_norms_tinyllama(model: nn.Module) -> None:
     """Every norm of the model into its readers, the last one into the head."""
     apply_(model, FoldNorm(centre=False))
+
+
+@torch.no_grad()
+def fuse_layer_norms_opt(model: nn.Module) -> None:
+    """The same for LayerNorm models: gains and biases into the readers, means out of the writers
+    (embedding, positions, out_proj, fc2 and their biases). What is left in a norm's place is an
+    RMSNorm without parameters, which any R1 passes through."""
+    apply_(model, FoldNorm(centre=True))
 
 
 @torch.no_grad()
