@@ -1,12 +1,15 @@
 """hadamard against torch.clone of the same bytes: python tests/bench_hadamard.py [--threads N]
+[--processor-time]
 
 Targets: <= 1.5 x clone for powers of two, <= 2.5 x for m 2^k. float32, 2^23 numbers.
 """
 
 import argparse
+import time
 
 import torch
 
+import bench
 from bench import Case, close, reuse_memory
 from fewbit import _C, ops
 from fewbit.hadamard import plan, transform
@@ -39,8 +42,11 @@ def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=51)
+    parser.add_argument("--processor-time", action="store_true", help="on a machine not at rest")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    if arguments.processor_time:
+        bench.clock = time.process_time
     reuse_memory()
     print(_C.isa())
     for case in cases():

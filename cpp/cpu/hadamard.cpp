@@ -167,9 +167,10 @@ static void by_patterns(const HadamardBase& base, const float* z, int64_t from, 
   constexpr int lanes = paired ? 2 * columns : columns;  // sums of pairs, then differences
   constexpr int side = columns / F32::width, vectors = lanes / F32::width;
   constexpr int outputs = vectors >= 8 ? 1 : 8 / vectors;  // so that 8 sums are under way
-  constexpr int64_t chunk = 512 / lanes;                   // bundles whose tables stay in L1
+  constexpr int64_t most = 640 / lanes;                    // bundles whose tables stay in L1
   const int64_t order = base.order(), bundles = base.bundles();
-  alignas(64) float tables[chunk * 16 * lanes];
+  const int64_t steps = (bundles + most - 1) / most, chunk = (bundles + steps - 1) / steps;
+  alignas(64) float tables[most * 16 * lanes];
   alignas(64) float sums[HadamardBase::max_pattern / (paired ? 2 : 1) * lanes];
   for (int64_t g0 = 0; g0 < bundles; g0 += chunk) {
     const int64_t count = bundles - g0 < chunk ? bundles - g0 : chunk;
@@ -378,6 +379,8 @@ static void rows(const Hadamard& a, int64_t begin, int64_t end) {
         for (int64_t i = 0; i < a.width; ++i) from_float(z[i] * a.scale, y + i);
     } else if (a.count == 0) {
       sylvester(x, z, y, a.k, a.signs, finish, ahead);
+    } else if (a.k <= lane_stages + max_radix) {  // all stretches in one pass
+      pass_of<true>(a.k - lane_stages, x, z, a.width, F32::width, a.signs, keep, ahead);
     } else {
       for (int64_t b = 0; b < a.width; b += n)
         sylvester(x + b, z + b, z + b, a.k, a.signs ? a.signs + b : a.signs, keep, ahead);
