@@ -79,8 +79,9 @@ def measure(name: str, label: str, seed: int, arguments) -> float:
     return bench.score(arguments.windows)
 
 
-def table(name: str, arguments, results: small_models.Results) -> bool:
-    """Print the perplexities; True when the expected order holds in what was measured."""
+def table(name: str, arguments, results: small_models.Results) -> tuple[bool, dict[str, str]]:
+    """Print the perplexities; whether the expected order holds in what was measured, and the
+    model's column of the summary."""
     protocol = f"{name}, {arguments.text}, {arguments.windows} windows"
     base = results.get(
         f"{protocol}, float", lambda: small_models.load(name, text=arguments.text).score(
@@ -88,7 +89,7 @@ def table(name: str, arguments, results: small_models.Results) -> bool:
     )
     print(f"\n{protocol}: float {base:.2f}", flush=True)
     print("| method | mean | spread | seeds |\n|---|---|---|---|")
-    means = {}
+    means, column = {}, {"float": f"{base:.2f}"}
     for label in arguments.rows:
         values = [
             results.get(f"{protocol}, {label}, seed {seed}",
@@ -99,8 +100,20 @@ def table(name: str, arguments, results: small_models.Results) -> bool:
         spread = f"{statistics.stdev(values):.2f}" if len(values) > 1 else ""
         shown = ", ".join(f"{v:.2f}" for v in values)
         print(f"| {label} | {means[label]:.2f} | {spread} | {shown} |", flush=True)
+        shown = f"{means[label]:.2f}" if means[label] < 1000 else f"{means[label]:.1e}"
+        column[label] = shown + (f" ({spread})" if spread else "")
     order = [label for label in ORDER if label in means]
-    return all(means[a] >= means[b] for a, b in zip(order, order[1:], strict=False))
+    good = all(means[a] >= means[b] for a, b in zip(order, order[1:], strict=False))
+    return good, column
+
+
+def summary(columns: dict[str, dict[str, str]]) -> None:
+    """All models in one table, as in the README."""
+    labels = list(dict.fromkeys(label for column in columns.values() for label in column))
+    print("\n| W4A4 perplexity, mean (deviation) over seeds | " + " | ".join(columns) + " |")
+    print("|" + "---|" * (len(columns) + 1))
+    for label in labels:
+        print(f"| {label} | " + " | ".join(c.get(label, "") for c in columns.values()) + " |")
 
 
 def sweep(name: str, arguments, results: small_models.Results) -> None:
@@ -189,9 +202,11 @@ def main():
         for name in arguments.models:
             sweep(name, arguments, results)
         return 0
-    good = True
+    good, columns = True, {}
     for name in arguments.models:
-        good &= table(name, arguments, results)
+        held, columns[name] = table(name, arguments, results)
+        good &= held
+    summary(columns)
     for name in arguments.models:
         good &= outliers(name, arguments.plot)
     print("\nall orders hold" if good else "\nan expected order does not hold")
