@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import fewbit
-from fewbit import calibrate, pipeline, tune
-from fewbit.errors import CalibrationError, UsageError
+from fewbit import calibrate, checkpoint, pipeline, stream, tune
+from fewbit.errors import CalibrationError, UnsupportedError, UsageError
 from fewbit.families import decoder_layers, describe, linear_names
 from fewbit.scheme import Scheme
 from tiny import probe, tiny
@@ -112,6 +112,29 @@ def test_solvers_see_fewer_windows(monkeypatch):
     )  # fmt: skip
     assert [id(b) for b in seen[0].batches] == [id(windows.batches[i]) for i in (0, 2, 4)]
     assert report.tune["steps"] == 5 and windows.thinned(6) is windows
+
+
+def test_directories_and_the_command_line_learn_too(tmp_path):
+    """What is written is what quantize_ and save make, and a limit on memory is refused."""
+    tiny("llama-gqa").save_pretrained(tmp_path / "model")
+    options = dict(scheme="w3a16g8", epochs=4, batch=1)
+    model = checkpoint.load_float(tmp_path / "model")
+    fewbit.quantize_(model, "gptq+tune", calibration=data(), progress=False, **options)
+    report = fewbit.quantize_directory(
+        tmp_path / "model", tmp_path / "out", "gptq+tune", calibration=data(), progress=False,
+        **options,
+    )  # fmt: skip
+    assert report.tune["steps"] == 20 and (tmp_path / "out" / "fewbit_report.json").exists()
+    assert torch.equal(fewbit.load(tmp_path / "out")(probe()).logits, model(probe()).logits)
+    for limited in (
+        lambda: fewbit.quantize_directory(
+            tmp_path / "model", tmp_path / "other", "gptq+tune", "w3a16g8", data(), memory=2**33
+        ),
+        lambda: stream.plan_directory(tmp_path / "model", "gptq+tune", "w3a16g8", data()),
+    ):
+        with pytest.raises(UnsupportedError, match="'gptq.tune'.*tune learns from the whole model"):
+            limited()
+    assert not (tmp_path / "other").exists()
 
 
 def test_wrong_use():

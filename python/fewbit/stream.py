@@ -27,6 +27,7 @@ from .checkpoint import (
     load_float,
     load_tokenizer,
     refuse_quantized,
+    save,
     stored_tensors,
     tied_names,
 )
@@ -38,7 +39,7 @@ from .formats import Format
 from .formats.bitsandbytes import LlmInt8
 from .journal import Journal, check_output, folder_of
 from .linearise import linearise
-from .pipeline import Sink, check, chosen, environment, run
+from .pipeline import Sink, check, chosen, environment, quantize_, run
 from .plan import Plan, estimate, stored_dtype
 from .progress import Progress
 from .recipes import Recipe, build
@@ -50,6 +51,7 @@ from .source import Directory, Source, scan
 from .trail import Trail
 from .transforms.fold import RMSNorm
 
+WHOLE = "tune learns from the whole model, in memory, in one process and without a limit"
 FLOAT = (".bias", ".kept_weight")  # what is float of a packed Linear
 
 
@@ -76,6 +78,7 @@ def quantize_directory(
     ``memory``: the bytes that this process may take; a run that needs more is refused with the
     smallest change that fits. Called again after a stop, with the same arguments, it goes on where
     it was; ``restart`` forgets the earlier run. The journal lies in OUTPUT.fewbit until the end.
+    A method with "tune" runs in memory instead, and from the start.
 
     Raises UsageError, UnsupportedError, CalibrationError or CheckpointError before any work, and
     StorageError (a ResumableStop) when the disk fails on the way.
@@ -103,6 +106,10 @@ def quantize_directory(
             raise UsageError(
                 f"{ranks.size} processes need as many calibration windows, got {len(data.batches)}"
             )
+        if recipe.tune is not None:
+            if memory is not None or ranks.size > 1:
+                raise UnsupportedError(f"{recipe.name!r}: {WHOLE}")
+            return _learned(path, output, format, recipe, data, plan.dtype, progress, callback)
         plan.require(memory, output)
         if progress and ranks.writes:
             plan.show(folder_of(output))
@@ -143,6 +150,22 @@ def quantize_directory(
     return report
 
 
+def _learned(
+    path, output, format: str, recipe: Recipe, data: Windows, dtype: torch.dtype, progress: bool,
+    callback,
+) -> Report:
+    """A recipe with tune, which needs the whole model: in memory, from the start whenever it was
+    stopped."""
+    model = load_float(path)
+    report = quantize_(
+        model, recipe, calibration=data, keep_float=False, progress=progress, callback=callback
+    )
+    report.source = str(path)
+    save(model.to(dtype), output, format, report=report)
+    report.save(Path(output) / REPORT)
+    return report
+
+
 def plan_directory(
     path: str | os.PathLike,
     method: str | Recipe = "awq",
@@ -159,6 +182,8 @@ def plan_directory(
     """What ``quantize_directory`` with these arguments will take; the same refusals, no work."""
     recipe = build(method, scheme, **options)
     formats.get(format)
+    if recipe.tune is not None:
+        raise UnsupportedError(f"{recipe.name!r} has no estimate: {WHOLE}")
     plan = _prepare(path, recipe, format, calibration, window, samples, dtype)[-1]
     if memory is not None:
         plan.fit(memory)
