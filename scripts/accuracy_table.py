@@ -1,9 +1,9 @@
 """The README's tables of perplexities, from what was measured: python scripts/accuracy_table.py
 
 tests/results/accuracy holds, by model, the accuracy.json that `fewbit bench accuracy` writes, and
-tests/results/peers.json what tests/bench_peers.py does. Without arguments the tables are printed;
-``--write`` puts them into README.md and its translations, between their marks; ``--add FILE ..``
-takes cells over from accuracy.json files first.
+tests/results/peers.json and methods.json what tests/bench_peers.py and bench_methods.py do. Without
+arguments the tables are printed; ``--write`` puts them into README.md and its translations, between
+their marks; ``--add FILE ..`` takes cells over from accuracy.json files first.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import statistics
 from pathlib import Path
 
 from fewbit.bench.accuracy import TABLE
@@ -118,6 +119,22 @@ def peer_table() -> str:
     return "\n".join(lines)
 
 
+def methods_table() -> str:
+    """What bench_methods.py keeps: mean and standard deviation over draws of the outliers."""
+    results = json.loads((RESULTS / "methods.json").read_text(encoding="utf-8"))
+    models = results["models"]
+    lines = ["| books_test perplexity | " + " | ".join(models) + " |"]
+    lines.append("|---|" + "---|" * len(models))
+    for label, found in results["rows"].items():
+        cells = []
+        for name in models:
+            values = found.get(name, [])
+            spread = f" ± {statistics.stdev(values):.2f}" if len(set(values)) > 1 else ""
+            cells.append(f"{statistics.mean(values):.2f}{spread}" if values else "")
+        lines.append(f"| {label} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def tables() -> dict[str, str]:
     found = {"accuracy": accuracy_table(MODELS), "goals": goal_table(MODELS)}
     seeds = sorted(
@@ -127,6 +144,8 @@ def tables() -> dict[str, str]:
         found["seeds"] = accuracy_table(seeds)
     if (RESULTS / "peers.json").exists():
         found["peers"] = peer_table()
+    if (RESULTS / "methods.json").exists():
+        found["methods"] = methods_table()
     return found
 
 

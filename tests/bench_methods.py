@@ -1,7 +1,7 @@
 """The papers' orders on small trained models with activation outliers: perplexities as a table.
 
     python tests/bench_methods.py [MODEL ..] [--seeds 0 1 2] [--results FILE] [--text held-out]
-    python tests/bench_methods.py --results FILE --write    # the table of README.md
+    python tests/bench_methods.py --results FILE --write    # for scripts/accuracy_table.py
 
 Protocol: small_models.py. ``--results`` keeps what was measured, and another call goes on where
 this one stopped. Exit status 1 when an order does not hold.
@@ -17,6 +17,7 @@ the row below.
 """
 
 import argparse
+import json
 import statistics
 import sys
 from pathlib import Path
@@ -37,8 +38,7 @@ EVERYWHERE = 2.0
 ALPHAS = (0.3, 0.5, 0.7, 0.85)
 TENSOR = Scheme.parse("w8a8", activations="tensor")
 W3, W4 = "w3a16g128", "w4a16g128"
-README = Path(__file__).resolve().parent.parent / "README.md"
-BEGIN, END = "<!-- methods table: begin -->", "<!-- methods table: end -->"
+STORED = Path(__file__).resolve().parent / "results" / "methods.json"
 
 
 @torch.no_grad()
@@ -154,24 +154,14 @@ def orders(name, row, clean):
     return held, shares
 
 
-def lines_of(table):
-    """The table in Markdown: mean over the seeds, and standard deviation where they differ."""
-    lines = ["| books_test perplexity | " + " | ".join(table) + " |", "|---|" + "---|" * len(table)]
-    for label in rows(MODELS[0]):
-        cells = []
-        for row in table.values():
-            values = row.get(label, [])
-            spread = f" +- {statistics.stdev(values):.2f}" if len(set(values)) > 1 else ""
-            cells.append(f"{statistics.mean(values):.2f}{spread}" if values else "")
-        lines.append(f"| {label} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def write(text):
-    """``text`` between the marks of README.md."""
-    before, rest = README.read_text(encoding="utf-8").split(BEGIN)
-    after = rest.split(END)[1]
-    README.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", encoding="utf-8")
+def write(table, arguments):
+    """What scripts/accuracy_table.py makes the README's table of."""
+    found = {
+        label: {name: row[label] for name, row in table.items() if row.get(label)}
+        for label in rows(MODELS[0])
+    }
+    protocol = {"seeds": arguments.seeds, "windows": arguments.windows, "models": list(table)}
+    STORED.write_text(json.dumps({**protocol, "rows": found}, indent=1) + "\n")
 
 
 def main():
@@ -181,15 +171,17 @@ def main():
     parser.add_argument("--windows", type=int, default=64)
     parser.add_argument("--text", default="test", choices=small_models.TEXTS)
     parser.add_argument("--results", help="a JSON file to go on from")
-    parser.add_argument("--write", action="store_true", help="put the table into README.md")
+    parser.add_argument("--write", action="store_true", help=f"put the figures into {STORED.name}")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     results = small_models.Results(arguments.results)
     table = {name: measure(name, arguments, results) for name in arguments.models}
-    print(f"\nmean +- standard deviation over outlier seeds {arguments.seeds}\n")
-    print(lines_of(table))
+    print(f"\nmean over outlier seeds {arguments.seeds}\n" + "".join(f"{n:>22}" for n in table))
+    for label in rows(MODELS[0]):
+        means = (statistics.mean(row[label]) if row.get(label) else None for row in table.values())
+        print("".join(f"{'' if m is None else f'{m:.2f}':>22}" for m in means) + f"   {label}")
     if arguments.write:
-        write(lines_of(table))
+        write(table, arguments)
     good = True
     for name, row in table.items():
         clean = clean_rounding(name.rpartition("-")[0], arguments, results)
