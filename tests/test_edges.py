@@ -4,9 +4,12 @@ import pytest
 import torch
 import transformers
 
+from fewbit.calibrate import Windows
 from fewbit.errors import UnsupportedError
 from fewbit.families import decoder_layers, describe, families
 from fewbit.linearise import Experts, linearise
+from fewbit.pipeline import quantize_
+from fewbit.transforms import scale, smooth
 from fewbit.transforms.edges import apply_scale, edges
 from tiny import TWINS, probe, tiny
 
@@ -61,6 +64,34 @@ def test_inner_edge_reaches_the_writer(twin):
     assert inner
 
 
+@pytest.mark.parametrize("method, options", [
+    ("awq", {"form": "both", "points": 4}), ("smoothquant", {}), ("smoothquant", {"alpha": "auto"}),
+])
+@pytest.mark.parametrize("twin", TWINS)
+def test_logits_stay_under_what_the_methods_choose(twin, method, options, monkeypatch):
+    """The scales of a float32 run, moved in the float64 twin."""
+    chosen = []
+
+    def keep(layer, edge, s, family):
+        chosen.append((layer, edge, s))
+        apply_scale(layer, edge, s, family)
+
+    monkeypatch.setattr(scale, "apply_scale", keep)
+    monkeypatch.setattr(smooth, "apply_scale", keep)
+    model, exact = tiny(twin), tiny(twin, torch.float64)
+    data = Windows([probe(2, 40, seed=s) for s in range(2)])
+    scheme = "w3a16g16" if method == "awq" else "w8a8"
+    quantize_(model, method, scheme, data, keep_float=False, progress=False, **options)
+    before, family = logits(exact), describe(exact)
+    linearise(exact, family)
+    layers = list(decoder_layers(model, family))
+    for layer, edge, s in chosen:
+        apply_scale(decoder_layers(exact, family)[layers.index(layer)], edge, s.double(), family)
+    assert any(float((s - 1).abs().max()) > 0.01 for _, _, s in chosen)
+    after = logits(exact)
+    assert float((after - before).abs().max() / before.abs().max()) < 1e-9
+
+
 def test_linearise_shares_storage_and_undoes():
     model = tiny("mixtral")
     fused = model.model.layers[0].mlp.experts
@@ -79,10 +110,19 @@ def test_unknown_architecture_is_refused_by_name():
 
 
 def test_refused_configurations():
-    model = tiny("opt")
-    model.config.do_layer_norm_before = False
-    with pytest.raises(UnsupportedError, match="norms follow the residual sum"):
-        describe(model)
+    for post_norm, reason in (
+        (True, "do_layer_norm_before=False is not supported: its norms follow the residual sum"),
+        (False, "word_embed_proj_dim=32 is not supported: projections stand between"),
+    ):  # OPT-350m, and its projections alone
+        config = transformers.OPTConfig(
+            vocab_size=97, hidden_size=48, ffn_dim=80, num_hidden_layers=1, num_attention_heads=4,
+            word_embed_proj_dim=32, do_layer_norm_before=not post_norm,
+        )
+        model = transformers.OPTForCausalLM(config)
+        assert model.model.decoder.project_in is not None
+        for method in ("rtn", "awq"):
+            with pytest.raises(UnsupportedError, match=reason):
+                quantize_(model, method, "w4a16g16", [[5] * 40] * 2, progress=False)
     model = tiny("qwen3-moe")
     model.config.decoder_sparse_step = 2
     with pytest.raises(UnsupportedError, match="decoder_sparse_step=2 .* experts"):

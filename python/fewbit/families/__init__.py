@@ -63,7 +63,8 @@ class Family:
     unit_offset: bool = False  # the norm multiplies by 1 + weight (Gemma)
     rope: bool = True  # queries and keys are rotated by position between projection and product
     unrotatable: str = ""  # why the residual stream cannot be rotated; empty where it can
-    refuse: dict[str, str] = field(default_factory=dict)  # config field=value -> reason
+    # config field=value, or !=, -> reason; a value may be the name of another field
+    refuse: dict[str, str] = field(default_factory=dict)
     when: dict[str, object] = field(default_factory=dict)  # config values of this variant
     experts: str = ""  # where a layer keeps fused expert weights (linearise.py unfuses them)
     expert_count: str = ""  # the config field that counts them
@@ -113,6 +114,7 @@ def describe(model: nn.Module) -> Family:
     for condition, reason in family.refuse.items():
         key, _, value = condition.partition("=")
         negated = key.endswith("!")
+        value = str(getattr(config, value, value))
         if (str(getattr(config, key.rstrip("!"), None)) == value) != negated:
             found = f"{key.rstrip('!')}={getattr(config, key.rstrip('!'), None)}"
             raise UnknownFamilyError(f"{name} with {found} is not supported: {reason}")

@@ -27,7 +27,9 @@ FAMILIES = (
         rope=False,
         refuse={
             "do_layer_norm_before=False": "its norms follow the residual sum (OPT-350m), so they "
-            "have no linears behind them that could take a scale"
+            "have no linears behind them that could take a scale",
+            "word_embed_proj_dim!=hidden_size": "projections stand between its residual stream and "
+            "its embedding and head",
         },
     ),
 )
