@@ -145,8 +145,8 @@ def orders(name, row, clean):
         w4 = {p: (row["w4 rtn"] - row[f"w4 {p} % by activation"]) / (row["w4 rtn"] - base)
               for p in ("1", "2.4")}
         shares |= {f"{p} % by activation, of all that 4 bits lose": v for p, v in w4.items()}
-        held["at 4 bits the outliers' columns win back three quarters of the loss"] = (
-            w4["2.4"] > 0.75
+        held["at 4 bits the outliers' columns win back two thirds of the loss"] = (
+            w4["2.4"] > 2 / 3
         )
         smooth = min(row[f"w8a8 smooth {a}"] for a in (*ALPHAS, "auto"))
         held["naive w8a8 collapses"] = row["w8a8 naive"] > 1.2 * base
