@@ -129,8 +129,11 @@ def methods_table() -> str:
         cells = []
         for name in models:
             values = found.get(name, [])
-            spread = f" ± {statistics.stdev(values):.2f}" if len(set(values)) > 1 else ""
-            cells.append(f"{statistics.mean(values):.2f}{spread}" if values else "")
+            spread = f"{statistics.stdev(values):.2f}" if len(values) > 1 else "0.00"
+            cell = f"{statistics.mean(values):.2f}" if values else ""
+            if spread != "0.00":  # float is the same with any outliers
+                cell += f" \u00b1 {spread}"
+            cells.append(cell)
         lines.append(f"| {label} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

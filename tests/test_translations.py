@@ -19,7 +19,7 @@ TRANSLATED = {
     "Two commands": "d0d71c6bc1f9a5c0",
     "Ten lines": "998bb77358af64f7",
     "Methods": "29faf840e332b0e7",
-    "Results": "103ef924ad69b099",
+    "Results": "086d7ed6ceee7cfc",
     "Models bigger than memory, and runs that stop": "200a4ce29fa9800b",
     "How it is made": "99b54d5e37c62018",
     "Limits, said plainly": "f40a89684f8aaa45",
