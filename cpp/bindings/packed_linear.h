@@ -52,14 +52,22 @@ inline void check_exact(const PackedLayout& l, bool symmetric) {
         l.group_size);
 }
 
+// The arrays of an integer product: digits, scales and sums of Digits; then codes, scales and zero
+// points of m tokens where `quantized` here.
+using IntegerScratch = Scratch<uint32_t, float, int32_t, int8_t, float, int32_t>;
+inline IntegerScratch integer_scratch(const PackedLayout& l, int64_t m, bool codes,
+                                      bool quantized) {
+  const int64_t rows = m > 0 ? integer_rows(m) : 1, padded = ceil_div(m, rows) * rows;
+  const int64_t tokens = quantized ? m : 0, digits = codes ? 2 : max_digits;
+  return IntegerScratch(padded * (l.padded_columns() / 4) * digits, m * l.groups(), m * l.groups(),
+                        tokens * l.columns, tokens, tokens);
+}
+
 // `outliers`, or null: the float part of LLM.int8().
-inline void run_integer(const Activations& x, const Weight& w, const OutlierProduct* outliers,
-                        void* out, DType dtype) {
+inline void run_integer(const Activations& x, const Weight& w, const IntegerScratch& scratch,
+                        const OutlierProduct* outliers, void* out, DType dtype) {
   const PackedLayout& l = w.layout;
-  const int64_t rows = integer_rows(x.m), blocks = ceil_div(x.m, rows);
-  const int64_t digits = x.codes ? 2 : max_digits;
-  const Scratch<uint32_t, float, int32_t> scratch(blocks * rows * (l.padded_columns() / 4) * digits,
-                                                  x.m * l.groups(), x.m * l.groups());
+  const int64_t rows = integer_rows(x.m);
   uint32_t* words = scratch.get<0>();
   float* scale = scratch.get<1>();
   void* sum = scratch.get<2>();  // int32, or float32
@@ -69,6 +77,11 @@ inline void run_integer(const Activations& x, const Weight& w, const OutlierProd
                  w.bias_data(), outliers, cpu::kernel_for<OutlierProduct>(), out, dtype,
                  w.scale_dtype, x.m, rows, strip_of(l, 4), l},
       grain_for(x.m * l.columns * panel_rows * 4, 1 << 17));
+}
+
+inline void run_integer(const Activations& x, const Weight& w, const OutlierProduct* outliers,
+                        void* out, DType dtype) {
+  run_integer(x, w, integer_scratch(w.layout, x.m, x.codes, false), outliers, out, dtype);
 }
 
 }  // namespace fewbit::bindings

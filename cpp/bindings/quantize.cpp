@@ -19,7 +19,8 @@ std::tuple<Tensor, Tensor, Tensor> quantize(const Tensor& w, int64_t bits, int64
   Tensor zero_point = empty_on(w, {rows, groups}, ScalarType::Byte);
   run_on(w,
          Quantize{in.const_data_ptr(), mutable_data<uint8_t>(q), mutable_data<float>(scale),
-                  mutable_data<uint8_t>(zero_point), dtype, rows, columns, group, groups, grid},
+                  mutable_data<uint8_t>(zero_point), dtype, rows, columns, group, groups, grid,
+                  past_caches(q, columns, group)},
          "quantize", grain_for(columns));
   if (grid.scale_dtype != DType::f32)  // exact: the kernel has rounded
     scale = torch::stable::to(scale, scalar_type(grid.scale_dtype));

@@ -39,8 +39,7 @@ Tensor w8a8_linear(const Tensor& x, const Tensor& packed, const Tensor& scale,
 #endif
   // Codes of float x: in scratch, or beside x on a card.
   const bool local = !codes && card == 0;
-  const Scratch<int8_t, float, int32_t> scratch(local ? m * columns : 0, local ? m : 0,
-                                                local ? m : 0);
+  const IntegerScratch scratch = integer_scratch(l, card == 0 ? m : 0, true, local);
   if (codes) {
     check(bool(x_scale), "x of int8 codes needs x_scale, one per token");
     check_dtype(*x_scale, ScalarType::Float, "x_scale");
@@ -58,9 +57,9 @@ Tensor w8a8_linear(const Tensor& x, const Tensor& packed, const Tensor& scale,
       t.zero = data<int32_t>(*zeros);
     }
   } else {
-    int8_t* q = scratch.get<0>();
-    float* q_scale = scratch.get<1>();
-    int32_t* q_zero = scratch.get<2>();
+    int8_t* q = scratch.get<3>();
+    float* q_scale = scratch.get<4>();
+    int32_t* q_zero = scratch.get<5>();
     if (!local) {
       codes_on_card = empty_on(x, {m, columns}, ScalarType::Char);
       scales = empty_on(x, {m}, ScalarType::Float);
@@ -92,7 +91,7 @@ Tensor w8a8_linear(const Tensor& x, const Tensor& packed, const Tensor& scale,
     return out;
   }
 #endif
-  run_integer(t, w, nullptr, out.mutable_data_ptr(), dtype);
+  run_integer(t, w, scratch, nullptr, out.mutable_data_ptr(), dtype);
   return out;
 }
 

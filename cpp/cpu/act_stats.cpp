@@ -20,6 +20,7 @@ static void channels(const ActStats& a, int64_t first, int64_t last) {
       F32 top = F32::load(a.max_abs + i);
       for (int64_t t = t0; t < t1; ++t) {
         const F32 v = abs(F32::load(x + t * a.channels + i));
+        __builtin_prefetch(x + (t + depth) * a.channels + i);  // rows may be pages apart
         float lanes[F32::width];
         v.store(lanes);
         for (int h = 0; h < halves; ++h) sum[h] = sum[h] + F64::load(lanes + h * F64::width);

@@ -16,7 +16,8 @@ static void rows(const Dequantize& a, int64_t begin, int64_t end) {
       const float z = float(a.zero_point[r * a.groups + group]);
       put_pieces<T>(n, a.stream, out, [&](int64_t k, int64_t c, T* to) {
         int64_t i = 0;
-        for (; i + F32::width <= c; i += F32::width)
+        for (; i < c; i += line) ask_ahead(q + k + i);
+        for (i = 0; i + F32::width <= c; i += F32::width)
           ((F32::load(q + k + i) - F32::set(z)) * F32::set(s)).store(to + i);
         for (; i < c; ++i) from_float((float(q[k + i]) - z) * s, to + i);
       });

@@ -23,6 +23,8 @@ FEWBIT_INLINE Step fit(const T* w, int64_t n, const Grid& grid) {
     F32 lo0 = F32::zero(), lo1 = lo0, hi0 = lo0, hi1 = lo0;  // two chains hide the latency
     for (; i + 2 * F32::width <= n; i += 2 * F32::width) {
       const F32 a = F32::load(w + i), b = F32::load(w + i + F32::width);
+      ask_ahead(w + i);
+      ask_ahead(w + i + F32::width);
       lo0 = min(a, lo0);
       lo1 = min(b, lo1);
       hi0 = max(a, hi0);
@@ -37,6 +39,27 @@ FEWBIT_INLINE Step fit(const T* w, int64_t n, const Grid& grid) {
     hi = v > hi ? v : hi;
   }
   return make_step(lo, hi, grid);
+}
+
+// Calls use(group, start, columns, step) for every group of a row. Some groups are fitted before
+// they are used: a fit is a chain of dependent instructions, which one of the next can overlap.
+template <class T, class F>
+FEWBIT_INLINE void fitted_groups(const T* row, int64_t columns, int64_t group_size,
+                                 const Grid& grid, const F& use) {
+  constexpr int64_t most = 8, near = 4096;  // groups, and their columns in all, which stay in L1
+  const int64_t fit_in = near / group_size;
+  const int64_t batch = fit_in < 1 ? 1 : fit_in > most ? most : fit_in;
+  const auto length = [&](int64_t start) {
+    return start + group_size <= columns ? group_size : columns - start;
+  };
+  for (int64_t group = 0, first = 0; first < columns; group += batch) {
+    Step step[most];
+    int64_t start = first;
+    for (int64_t i = 0; i < batch && start < columns; ++i, start += group_size)
+      step[i] = fit(row + start, length(start), grid);
+    for (int64_t i = 0; i < batch && first < columns; ++i, first += group_size)
+      use(group + i, first, length(first), step[i]);
+  }
 }
 
 FEWBIT_INLINE F32 code(F32 w, const StepLanes& g) {

@@ -9,18 +9,24 @@ namespace fewbit::cpu::FEWBIT_ISA {
 template <class T>
 FEWBIT_INLINE TokenStep fit_token(const T* x, const uint8_t* skip, int64_t n, bool symmetric,
                                   int bits = 8) {
-  F32 lo = F32::zero(), hi = lo, poison = lo;
-  int64_t i = 0;
-  for (; i + F32::width <= n; i += F32::width) {
+  constexpr int chains = 2;  // hide the latency
+  F32 lo[chains], hi[chains], poison[chains];
+  for (int c = 0; c < chains; ++c) lo[c] = hi[c] = poison[c] = F32::zero();
+  const auto add = [&](int64_t i, int c) {
     F32 v = F32::load(x + i);
+    ask_ahead(x + i);
     // Codes 0 or 1 as a factor: marked columns leave the range alone, unless not finite.
     if (skip) v = v * (F32::set(1.0f) - F32::load(skip + i));
-    lo = min(v, lo);
-    hi = max(v, hi);
-    poison = fma(v, F32::zero(), poison);
-  }
-  float low = reduce_min(lo), high = reduce_max(hi), bad = 0.0f;
-  for (int j = 0; j < F32::width; ++j) bad += lane(poison, j);
+    lo[c] = min(v, lo[c]);
+    hi[c] = max(v, hi[c]);
+    poison[c] = fma(v, F32::zero(), poison[c]);
+  };
+  int64_t i = 0;
+  for (; i + chains * F32::width <= n; i += chains * F32::width)
+    for (int c = 0; c < chains; ++c) add(i + c * F32::width, c);
+  for (; i + F32::width <= n; i += F32::width) add(i, 0);
+  float low = reduce_min(min(lo[0], lo[1])), high = reduce_max(max(hi[0], hi[1])), bad = 0.0f;
+  for (int j = 0; j < F32::width; ++j) bad += lane(poison[0] + poison[1], j);
   for (; i < n; ++i) {
     const float v = skip && skip[i] ? to_float(x[i]) * 0.0f : to_float(x[i]);
     low = v < low ? v : low;
@@ -40,6 +46,7 @@ FEWBIT_INLINE void quantize_token(const T* x, const uint8_t* skip, int64_t n, To
   for (; i + F32::width <= n; i += F32::width) {
     F32 v = F32::load(x + i);
     if (skip) v = v * (F32::set(1.0f) - F32::load(skip + i));
+    ask_ahead(x + n + i);  // the next row: its first 8 KiB were asked for
     min(max(round_quotient(v, s, inverse) + z, low), high).store(q + i);
   }
   for (; i < n; ++i) {

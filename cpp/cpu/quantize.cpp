@@ -6,25 +6,26 @@ namespace fewbit::cpu::FEWBIT_ISA {
 
 template <class T>
 static void rows(const Quantize& a, int64_t begin, int64_t end) {
-  for (int64_t r = begin; r < end; ++r) {
-    for (int64_t group = 0; group < a.groups; ++group) {
-      const int64_t start = group * a.group_size;
-      const int64_t n = start + a.group_size <= a.columns ? a.group_size : a.columns - start;
-      const T* w = static_cast<const T*>(a.w) + r * a.columns + start;
-      uint8_t* q = a.q + r * a.columns + start;
-      const Step g = fit(w, n, a.grid);
-      a.scale[r * a.groups + group] = g.s;
-      a.zero_point[r * a.groups + group] = uint8_t(g.z);
-      const StepLanes steps(g);
-      int64_t i = 0;
-      for (; i + F32::width <= n; i += F32::width) code(F32::load(w + i), steps).store(q + i);
-      for (; i < n; ++i) q[i] = uint8_t(code(to_float(w[i]), g));
-    }
-  }
+  for (int64_t r = begin; r < end; ++r)
+    fitted_groups(static_cast<const T*>(a.w) + r * a.columns, a.columns, a.group_size, a.grid,
+                  [&](int64_t group, int64_t start, int64_t n, const Step& g) {
+                    const T* w = static_cast<const T*>(a.w) + r * a.columns + start;
+                    uint8_t* q = a.q + r * a.columns + start;
+                    a.scale[r * a.groups + group] = g.s;
+                    a.zero_point[r * a.groups + group] = uint8_t(g.z);
+                    const StepLanes steps(g);
+                    put_pieces<uint8_t>(n, a.stream, q, [&](int64_t k, int64_t c, uint8_t* to) {
+                      int64_t i = 0;
+                      for (; i + F32::width <= c; i += F32::width)
+                        code(F32::load(w + k + i), steps).store(to + i);
+                      for (; i < c; ++i) to[i] = uint8_t(code(to_float(w[k + i]), g));
+                    });
+                  });
 }
 
 void kernel(const Quantize& a, int64_t begin, int64_t end) {
   with_type(a.dtype, [&](auto* t) { rows<element<decltype(t)>>(a, begin, end); });
+  stream_end();
 }
 
 }  // namespace fewbit::cpu::FEWBIT_ISA

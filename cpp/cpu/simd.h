@@ -515,15 +515,22 @@ FEWBIT_INLINE F32 low_bits(U32 a) {
 
 #endif
 
-// ---- results past the caches
-// ---------------------------------------------------------------------
+// ---- memory ------------------------------------------------------------------------------------
 
 constexpr int64_t line = 64;  // bytes of a cache line
+
+// Asks for what lies 8 KiB behind p. A kernel that works on a stream as it reads it otherwise waits
+// for memory: what the hardware fetches by itself ends with the page.
+FEWBIT_INLINE void ask_ahead(const void* p) { __builtin_prefetch((const char*)p + 8192); }
 
 // Copies `lines` cache lines to aligned memory without reading it first and without displacing what
 // the caches hold: for results larger than they are. stream_end() before others may read them.
 FEWBIT_INLINE void stream(const void* from, void* to, int64_t lines) {
-#if FEWBIT_ISA_LEVEL >= 1
+#if FEWBIT_ISA_LEVEL >= 2
+  const __m512i* in = (const __m512i*)from;
+  __m512i* out = (__m512i*)to;
+  for (int64_t i = 0; i < lines; ++i) _mm512_stream_si512(out + i, _mm512_loadu_si512(in + i));
+#elif FEWBIT_ISA_LEVEL >= 1
   const __m256i* in = (const __m256i*)from;
   __m256i* out = (__m256i*)to;
   for (int64_t i = 0; i < 2 * lines; ++i) _mm256_stream_si256(out + i, _mm256_loadu_si256(in + i));

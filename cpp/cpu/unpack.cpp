@@ -24,6 +24,7 @@ static void unpack_panel(const Unpack& a, int64_t panel, int64_t rows) {
           // Where the group ends before the tile: its last unit again, dropped below.
           const uint32_t* from = in + (u < last ? u : last) * Unit::words * panel_rows + r;
           const Unit unit = Unit::load(from);
+          for (int i = 0; i < Unit::words && r == 0; ++i) ask_ahead(from + i * panel_rows);
           for (int j = 0; j < quads; ++j) t[u * quads + j] = unit.quad(j);
         }
         store_tile(t, codes + r * tile_columns, tile_columns);

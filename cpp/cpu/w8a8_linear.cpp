@@ -121,10 +121,9 @@ void kernel(const Digits& a, int64_t begin, int64_t end) {
 
 // ---- the product -------------------------------------------------------------------------------
 
-// How far ahead of the product memory is asked for: 8 KiB of codes, and the scales and zero points
-// of as many groups as usually belong to the next 16 KiB. With less, a core waits for memory; these
-// lie beyond what the hardware follows by itself.
-constexpr int64_t words_ahead = 128 * panel_rows, groups_ahead = 16;
+// Scales and zero points are asked for as many groups ahead: 16 KiB of 4-bit codes in groups of
+// 128.
+constexpr int64_t groups_ahead = 16;
 
 // Rows [first_row, +rows) of a block of block_rows rows. The first tile of a panel and a chunk of
 // rows runs the outliers' product for the `outlier_rows` rows from its own on.
@@ -171,7 +170,7 @@ static void tile(const W8A8Linear& a, int64_t block, int first_row, int64_t pane
         for (int c = 0; c < across; ++c) {
           const uint32_t* from = packed[c / vectors] + word + c % vectors * F32::width;
           unit[c] = Unit::load(from);
-          if (c % vectors == 0) __builtin_prefetch(from + words_ahead);
+          if (c % vectors == 0) ask_ahead(from);
         }
         FEWBIT_UNROLL
         for (int j = 0; j < quads; ++j) {

@@ -16,6 +16,7 @@ struct Quantize {
   int64_t group_size;  // 1..max(columns, 1)
   int64_t groups;
   Grid grid;
+  bool stream;  // q is larger than the caches, and in whole lines
 
   FEWBIT_ALWAYS_INLINE int64_t tasks() const { return rows; }
 };
