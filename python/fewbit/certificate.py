@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from .calibrate import LayerInput, Windows, capture, forward
 from .errors import TransformError
 from .families import Family, decoder_layers
+from .reproducible import norm
 from .transforms import Transform
 
 FACTOR = 16.0
@@ -76,7 +77,7 @@ class Probe:
         self.carried = capture(model, self.family, self.windows)[0]
         modules = [model.get_submodule(p) for p in (self.family.final_norm, self.family.head)]
         carried = self.carry(self.input.hidden)
-        noise = 2 * _unit(carried.dtype) * float(carried.double().norm())
+        noise = 2 * _unit(carried.dtype) * norm(carried)
         self._record(self.family.embed, self.carried.hidden, carried, noise)
         noise = _noise(modules, lambda: self._head(model, carried))
         self._record(self.family.head, self._head(model, carried), self.logits, noise * 2)
@@ -128,8 +129,8 @@ class Probe:
 
     def _record(self, name: str, got: Tensor, want: Tensor, noise: float) -> None:
         got, want = got.double(), want.double()
-        size = float(want.norm())
-        error = float((got - want).norm())
+        size = norm(want)
+        error = norm(got - want)
         bound = FACTOR * noise
         scale = size if size > 0 else 1.0
         record = {"path": name, "error": error / scale, "bound": bound / scale}
@@ -167,7 +168,7 @@ def _noise(modules: list[nn.Module], run) -> float:
     unit = _unit(want.dtype)
     with _shaken(modules):
         got = run().double()
-    return float((got - want.double()).norm()) + unit * float(want.double().norm())
+    return norm(got - want.double()) + unit * norm(want)
 
 
 def _unit(dtype: torch.dtype) -> float:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .errors import UsageError
 from .hadamard import Plan, plan, transform
+from .reproducible import one_thread
 
 KINDS = ("hadamard", "random-hadamard", "random")
 
@@ -60,7 +61,9 @@ def random_orthogonal(n: int, generator: torch.Generator) -> Tensor:
 
     QR of a Gaussian matrix with the signs of R's diagonal moved into Q (F. Mezzadri, 2007).
     """
-    q, r = torch.linalg.qr(torch.randn(n, n, dtype=torch.float64, generator=generator))
+    gauss = torch.randn(n, n, dtype=torch.float64, generator=generator)
+    with one_thread():
+        q, r = torch.linalg.qr(gauss)
     return q * r.diagonal().sign()
 
 

@@ -26,6 +26,7 @@ from .progress import Progress
 from .pseudo import require_activations
 from .recipes import Recipe, build
 from .report import LinearRecord, Report
+from .reproducible import total
 from .scheme import FLOAT_BITS, Scheme
 from .solvers.auto import Auto
 from .source import Source, finite
@@ -291,8 +292,8 @@ def relative_error(weight: Tensor, quantized: Tensor, stats: Stats | None) -> tu
     if stats is not None:
         energy = stats.output_energy(weight)
         return (stats.output_loss(dw) / energy if energy > 0 else 0.0), "output"
-    energy = float(weight.square().sum())
-    return (float(dw.square().sum()) / energy if energy > 0 else 0.0), "weight"
+    energy = total(weight.square())
+    return (total(dw.square()) / energy if energy > 0 else 0.0), "weight"
 
 
 def replace_module(root: nn.Module, path: str, module: nn.Module) -> None:

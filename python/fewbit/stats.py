@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from .reproducible import total
+
 EXACT_COLUMNS = 1024  # up to here float64 sums and factors cost little
 
 
@@ -56,7 +58,7 @@ class Stats:
     def output_loss(self, dw: Tensor) -> float:
         """||X dW^T||^2 / tokens for a weight change ``dw`` [N, K]: mean squared row error."""
         dw = dw.to(self.gram.dtype)
-        return float(((dw @ self.gram) * dw).sum(dtype=torch.float64)) / max(self.tokens, 1)
+        return total((dw @ self.gram) * dw) / max(self.tokens, 1)
 
     def output_energy(self, w: Tensor) -> float:
         """||X W^T||^2 / tokens: what ``output_loss`` is relative to."""

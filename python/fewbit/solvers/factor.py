@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..errors import HessianError
+from ..reproducible import one_thread
 from ..stats import sum_type
 
 RUNGS = ("damp", "damp x 10", "damp x 100", "damp x 1000", "floor", "rtn")
@@ -191,18 +192,6 @@ def _halves(size: int) -> Iterator[slice]:
     """Slices of the upper half of the rows."""
     for start in range(0, size // 2, ROWS):
         yield slice(start, min(start + ROWS, size // 2))
-
-
-@contextmanager
-def one_thread() -> Iterator[int]:
-    """MKL cuts its sums by the number of threads: one thread gives everybody the same bits. Yields
-    how many there were."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield threads
-    finally:
-        torch.set_num_threads(threads)
 
 
 @contextmanager

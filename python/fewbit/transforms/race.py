@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..reproducible import one_thread, total
 from ..scheme import Scheme
 from ..stats import Stats
 
@@ -75,16 +76,16 @@ def full_loss(block: Block, s: Tensor, scheme: Scheme) -> float:
     G is symmetric: column panel j needs only rows 0..j of G, which halves the product.
     """
     dw, gram = error_of(block.weight, s, scheme), block.gram
-    columns, total = dw.shape[1], 0.0
+    columns, loss = dw.shape[1], 0.0
     panel = max(256, -(-columns // 8))
     for j in range(0, columns, panel):
         end = min(j + panel, columns)
         right = dw[:, j:end]
-        total += float(((right @ gram[j:end, j:end]) * right).sum(dtype=torch.float64))
+        loss += total((right @ gram[j:end, j:end]) * right)
         if j:
             product = dw[:, :j] @ gram[:j, j:end]
-            total += 2 * float(product.mul_(right).sum(dtype=torch.float64))
-    return total / max(block.stats.tokens, 1)
+            loss += 2 * total(product.mul_(right))
+    return loss / max(block.stats.tokens, 1)
 
 
 def race(candidates: list[Tensor], blocks: list[Block], scheme: Scheme) -> Result:
@@ -171,9 +172,12 @@ def _split(gram: Tensor) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
     omega = torch.randn(size, min(RANK, size), generator=generator).to(gram.device)
     for _ in range(2):
-        omega = torch.linalg.qr(gram @ omega).Q
+        image = gram @ omega
+        with one_thread():
+            omega = torch.linalg.qr(image).Q
     image = gram @ omega
-    level, turn = torch.linalg.eigh(omega.T @ image)
+    with one_thread():
+        level, turn = torch.linalg.eigh(omega.T @ image)
     live = level > 1e-6 * level.max().clamp(min=torch.finfo(level.dtype).tiny)
     p = (image @ turn[:, live]) / level[live].sqrt()
     return p, gram.diagonal() - p.square().sum(1)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..families import Family, decoder_layers
+from ..reproducible import total
 from .fold import norm_readers
 from .stiefel import Stiefel
 
@@ -47,7 +48,7 @@ def sample_inputs(
     for index, layer in enumerate(layers):
         for norm, reads in groups.items():
             readers = [layer.get_submodule(path) for path in reads]
-            energy[index, norm] = float(sum(r.weight.square().sum() for r in readers))
+            energy[index, norm] = sum(total(r.weight.square()) for r in readers)
             hook = keep(hidden, (index, norm))
             # Experts see only their own tokens; the router, and any dense reader, sees all.
             hooks.append(readers[-1].register_forward_pre_hook(hook))

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..errors import UsageError
+from ..reproducible import total
 from . import LayerContext, Transform
 from .edges import Edge, apply_scale, edges, fit_range
 from .race import Block, race
@@ -130,7 +131,7 @@ def solver_loss(block: Block, s: Tensor, context: LayerContext) -> float:
     loss = stats.output_loss(dw)
     if stats.cross is not None:  # ||(X_float - X) W^T - X dW^T||^2
         moved = (weight.to(stats.cross.dtype) @ stats.cross) * dw
-        loss -= 2 * float(moved.sum(dtype=torch.float64)) / max(stats.tokens, 1)
+        loss -= 2 * total(moved) / max(stats.tokens, 1)
     return loss
 
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..errors import UsageError
 from ..pseudo import fake_quantize
+from ..reproducible import total
 from ..scheme import FLOAT_BITS, Scheme
 from . import LayerContext, Transform
 from .edges import Edge, apply_scale, edges, fit_range
@@ -91,7 +92,7 @@ def smoothed_error(block: Block, s: Tensor, scheme: Scheme) -> float:
         # A call holds more tokens than the sample: its scale is the calibration's largest value.
         mode = "token" if scheme.activations == "token" else "static"
         scaled = fake_quantize(scaled, bits, mode, scale)
-    return float((scaled @ q.T - sample @ weight.T).square().sum(dtype=torch.float64))
+    return total((scaled @ q.T - sample @ weight.T).square())
 
 
 def _peak(level: Tensor) -> float:

@@ -1,0 +1,46 @@
+"""Sums over whole tensors, and linear algebra, with the same bits on any number of threads.
+
+Torch's own matrix products have them, and so have sums over the last dimension of a matrix; sums
+over all elements have not, nor has what LAPACK does (factors, eigenvalues, solves).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+BLOCK = 4096  # a sum of fewer than 32768 elements is never shared between threads
+
+
+def total(x: Tensor) -> float:
+    """Sum of all elements of ``x``, any shape and float type, in float64.
+
+    ``Tensor.sum()`` cuts a large tensor into as many parts as there are threads; sums over a last
+    dimension are shared row by row, so that fixed blocks give the same bits everywhere.
+    """
+    x = x.detach().reshape(-1)
+    while len(x) > BLOCK:
+        whole = len(x) // BLOCK * BLOCK
+        blocks = x[:whole].reshape(-1, BLOCK).sum(1, dtype=torch.float64)
+        x = torch.cat([blocks, x[whole:].double()])
+    return float(x.sum(dtype=torch.float64))
+
+
+def norm(x: Tensor) -> float:
+    """The Euclidean norm of all elements, squared and summed in float64."""
+    return total(x.detach().double().square()) ** 0.5
+
+
+@contextmanager
+def one_thread() -> Iterator[int]:
+    """MKL cuts its sums by the number of threads: one thread gives everybody the same bits. Yields
+    how many there were."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield threads
+    finally:
+        torch.set_num_threads(threads)
