@@ -51,6 +51,14 @@ def _(folder):
     fewbit.Scheme.parse("w9")
 
 
+@raises("FB702")
+def _(folder):
+    from fewbit import stream
+
+    with stream._out_of_memory():
+        torch.empty(2**60)
+
+
 @raises("FB700")
 def _(folder):
     from fewbit.distributed import lost

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from string import Template
 
+from . import durable
 from .conversion import verdicts
 from .engines import Verdict
 from .recipe_file import RECIPE
@@ -53,7 +54,7 @@ def write(path: str | Path, report: Report | None = None, source: str = "") -> N
     target = Path(path) / "README.md"
     if target.exists() and MARK not in target.read_text(encoding="utf-8", errors="replace"):
         return
-    target.write_text(text(path, report, source), encoding="utf-8")
+    durable.write(target, text(path, report, source).encode())
 
 
 def clear(path: str | Path, files: list[str]) -> None:

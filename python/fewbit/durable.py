@@ -51,7 +51,8 @@ def _sentence(path: Path, nbytes: int, error: OSError) -> str:
         with suppress(OSError):
             free = f", {shutil.disk_usage(folder).free:,} bytes are free"
     reason = os.strerror(error.errno) if error.errno else str(error)
-    return f"{path} ({nbytes:,} bytes) cannot be written: {reason}{free}"
+    size = f" ({nbytes:,} bytes)" if nbytes else ""
+    return f"{path}{size} cannot be written: {reason}{free}"
 
 
 @contextmanager
@@ -83,7 +84,7 @@ def write(path: Path, chunks: bytes | Iterable[bytes | memoryview], nbytes: int 
             file.flush()
             _step("sync", temporary)
             os.fsync(file.fileno())
-    replace(temporary, path)
+    replace(temporary, path, nbytes)
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
@@ -100,12 +101,12 @@ def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
         temporary.chmod(mode)
         _step("sync", temporary)
         sync(temporary)
-    replace(temporary, path)
+    replace(temporary, path, nbytes)
 
 
-def replace(old: Path, new: Path) -> None:
-    """Rename, and make the rename last."""
-    with storing(new, 0):
+def replace(old: Path, new: Path, nbytes: int = 0) -> None:
+    """Rename, and make the rename last; ``nbytes``: as for ``write``."""
+    with storing(new, nbytes):
         _step("rename", new)
         os.replace(old, new)
         _step("sync", new.parent)
@@ -119,9 +120,13 @@ def unlink(path: Path) -> None:
 
 
 def make_folder(path: Path) -> None:
+    """A folder and those above it, each of them in its parent for good."""
     with storing(path, 0):
-        _step("mkdir", path)
-        path.mkdir(parents=True, exist_ok=True)
+        for folder in reversed((path, *path.parents)):
+            if not folder.exists():
+                _step("mkdir", folder)
+                folder.mkdir(exist_ok=True)
+                sync(folder.parent)
 
 
 def sync(path: Path) -> None:

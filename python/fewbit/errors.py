@@ -299,6 +299,17 @@ class StorageError(ResumableStop):
     id = "FB701"
 
 
+class OutOfMemoryError(ResumableStop):
+    """The system gave no more memory.
+
+    Close other programs, or choose fewer or shorter calibration windows, and run the same command
+    again: finished layers are kept. ``fewbit estimate`` says what a run needs, and ``--memory``
+    refuses one that needs more before it starts.
+    """
+
+    id = "FB702"
+
+
 def catalogue() -> dict[str, type[FewbitError]]:
     """Every error class by its id, in the order of the ids."""
 

@@ -126,8 +126,8 @@ class Journal:
         """The state after the last finished step, as an open file."""
         return open(self._state(self.done - 1), "rb")
 
-    def publish(self, config: dict, texts: dict[str, bytes]) -> list[str]:
-        """Finish the checkpoint and give it the output's name; returns the names of its files."""
+    def complete(self, config: dict, texts: dict[str, bytes]) -> None:
+        """Add index, config and side files: the checkpoint is whole, under the journal's name."""
         sizes = {
             name: (self.shard(step), nbytes)
             for step in range(self.steps)
@@ -144,10 +144,12 @@ class Journal:
         }
         for name, data in texts.items():
             durable.write(self.shards / name, data)
+
+    def publish(self) -> None:
+        """Give the whole checkpoint the output's name, and tidy up."""
         durable.replace(self.shards, self.output)
         shutil.rmtree(self.root, ignore_errors=True)
         self.done = -1
-        return [*(self.shard(step) for step in range(self.steps)), *texts]
 
 
 def folder_of(output: str | os.PathLike) -> Path:

@@ -92,15 +92,15 @@ def build(given: Mapping[str, Any]) -> Recipe:
     return recipes.build(given["method"], given["scheme"], **given["options"])
 
 
-def write(path: str | Path, given: Mapping[str, Any], scheme: Scheme) -> None:
-    """Write merged settings, so that ``read`` gives them back and the run can be repeated."""
+def text(path: str | Path, given: Mapping[str, Any], scheme: Scheme) -> str:
+    """Merged settings as the file ``path``, which ``read`` gives back: the run can be repeated."""
     flat = {k: v for k, v in given.items() if v is not None and k not in ("scheme", "options")}
     command = f"fewbit quantize --recipe {shlex.quote(str(path))} -o OUT"
     lines = [f"# fewbit {__version__}; to repeat: {command}", *_lines(flat)]
     lines += ["", "[scheme]", *_lines(scheme.to_dict())]
     if given["options"]:
         lines += ["", "[options]", *_lines(given["options"])]
-    Path(path).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return "\n".join(lines) + "\n"
 
 
 def _options(pairs) -> dict:

@@ -56,7 +56,8 @@ def find(shards: Shards, plan: Plan) -> dict[str, Stored]:
     the tensor and what it should be.
     """
     format, tail = plan.format, "." + plan.format.mark
-    marked = [full[: -len(tail)] for full in shards.entries if full.endswith(tail)]
+    # In the order of names: a safetensors file gives its own order anew in every process.
+    marked = sorted(full[: -len(tail)] for full in shards.entries if full.endswith(tail))
     if len(marked) * len(plan.patterns) > MAX_MATCHES:
         raise UnsafeFileError(
             f"the config has {len(plan.patterns)} patterns for {len(marked)} modules; at most "

@@ -10,14 +10,16 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from . import formats
+from . import card, formats
 from .activations import Store
 from .calibrate import Windows, windows
 from .checkpoint import (
@@ -33,7 +35,7 @@ from .checkpoint import (
 )
 from .conversion import MAX_SIDE, SIDE_FILES, with_section
 from .distributed import job
-from .errors import AlreadyQuantizedError, UnsupportedError, UsageError
+from .errors import AlreadyQuantizedError, OutOfMemoryError, UnsupportedError, UsageError
 from .families import Family, decoder_layers, describe, linear_names
 from .formats import Format
 from .formats.bitsandbytes import LlmInt8
@@ -70,6 +72,7 @@ def quantize_directory(
     restart: bool = False,
     progress: bool = True,
     callback: Callable[[dict], None] | None = None,
+    files: dict[str, bytes] | None = None,
     **options,
 ) -> Report:
     """Quantise the model in directory ``path`` into ``output``, without holding it in memory.
@@ -79,6 +82,7 @@ def quantize_directory(
     smallest change that fits. Called again after a stop, with the same arguments, it goes on where
     it was; ``restart`` forgets the earlier run. The journal lies in OUTPUT.fewbit until the end.
     A method with "tune" runs in memory instead, and from the start.
+    ``files``: more files for the output, by name.
 
     Raises UsageError, UnsupportedError, CalibrationError or CheckpointError before any work, and
     StorageError (a ResumableStop) when the disk fails on the way.
@@ -91,10 +95,10 @@ def quantize_directory(
     recipe, writer_format = build(method, scheme, **options), formats.get(format)
     if isinstance(writer_format, LlmInt8):
         writer_format = LlmInt8(getattr(recipe.solver, "threshold", 0.0))
-    with job() as ranks:
+    with _out_of_memory(), job() as ranks:
         if ranks.writes and restart:
             shutil.rmtree(folder_of(output), ignore_errors=True)
-        finished = ranks.share(_finished(Path(output)) if ranks.writes else None)
+        finished = ranks.share(_finished(Path(output), recipe) if ranks.writes else None)
         if finished is not None:
             return finished
         if ranks.writes:
@@ -141,11 +145,13 @@ def quantize_directory(
                 report.seconds = sum(
                     journal.entry(step)["seconds"] for step in range(journal.steps)
                 )
-                texts = side_files(shards.path, SIDE_FILES, MAX_SIDE)
+                texts = {**side_files(shards.path, SIDE_FILES, MAX_SIDE), **(files or {})}
                 texts[REPORT] = (json.dumps(report.to_dict(), indent=1) + "\n").encode()
                 section = writer_format.config(sink.schemes, sink.ignore)
                 config, texts = with_section(described(source.model, plan.dtype), section, texts)
-                journal.publish(config, texts)
+                journal.complete(config, texts)
+                card.write(journal.shards, report)
+                journal.publish()
             ranks.share(None)  # nobody leaves before the output is whole
     return report
 
@@ -282,6 +288,27 @@ class Committing(Sink):
         return tensor.to(self.dtype) if tensor.is_floating_point() else tensor
 
 
+# Torch's own words, and what its stable ABI leaves of them when an operator's new tensor fails.
+NO_MEMORY = r"allocate memory|aten::(new_empty|empty|contiguous|clone|to)\b.* API call failed"
+
+
+@contextmanager
+def _out_of_memory() -> Iterator[None]:
+    """What torch and Python say when the system gives no memory, as one sentence."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        text = str(error)
+        if isinstance(error, RuntimeError) and not re.search(NO_MEMORY, text):
+            raise
+        wanted = re.search(r"allocate (\d+) bytes", text)
+        size = f" for {int(wanted[1]):,} bytes" if wanted else ""
+        raise OutOfMemoryError(
+            f"the system gave no more memory{size}; what is finished is kept, and the same command "
+            "goes on"
+        ) from error
+
+
 class _Clock:
     def __init__(self) -> None:
         import time
@@ -349,11 +376,14 @@ class Whole(Source):
         linearise(self.model, self.family)
 
 
-def _finished(output: Path) -> Report | None:
-    """The report of a run that was stopped between publishing its output and cleaning up."""
+def _finished(output: Path, recipe: Recipe) -> Report | None:
+    """The report of this run, if it was stopped between publishing its output and cleaning up."""
     root = folder_of(output)
     published = root.exists() and not (root / "checkpoint").exists()
     if not published or not (output / REPORT).exists():
         return None
+    report = Report.load(output / REPORT)
+    if report.recipe != json.loads(json.dumps(recipe.to_dict())):
+        return None
     shutil.rmtree(root, ignore_errors=True)
-    return Report.load(output / REPORT)
+    return report

@@ -49,6 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             torch.set_num_threads(options.threads)
         with interrupt.prompt(lambda: _stopped(options), ResumableStop.exit_code):
             result = options.run(options)
+        if int(os.environ.get("RANK", "0")) > 0:  # of torchrun's processes the first one speaks
+            return 0
         if options.json:
             print(json.dumps(result.data, indent=1))
         elif not options.quiet:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import re
 from pathlib import Path
 
@@ -81,18 +80,19 @@ def byte_count(text: str) -> int:
 
 
 def run(options) -> Result:
-    from .. import card
     from ..conversion import verdicts
     from ..stream import quantize_directory
 
     given, named = settings(options)
-    report = quantize_directory(
-        **named, output=options.output, restart=options.restart, progress=not options.quiet
-    )
     out = Path(options.output)
-    if int(os.environ.get("RANK", "0")) == 0:
-        recipe_file.write(out / RECIPE, given, named["method"].scheme)
-        card.write(out, report, str(given["model"]))
+    repeat = recipe_file.text(out / RECIPE, given, named["method"].scheme)
+    report = quantize_directory(
+        **named,
+        output=out,
+        restart=options.restart,
+        progress=not options.quiet,
+        files={RECIPE: repeat.encode()},
+    )
     engines = "\n".join(f"  {verdict}" for verdict in verdicts(out))
     text = f"{report}\n  written   {out} ({given['format']})\n{engines}"
     return Result(report.to_dict(), text)

@@ -6,6 +6,7 @@ import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from .. import durable
 from ..errors import DamagedFileError
 
 REPORT = "fewbit_report.json"  # its name in a quantised directory
@@ -88,7 +89,7 @@ class Report:
 
     def save(self, path: str | Path) -> None:
         """Write the report as JSON."""
-        Path(path).write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
+        durable.write(Path(path), (json.dumps(self.to_dict(), indent=1) + "\n").encode())
 
     @classmethod
     def load(cls, path: str | Path) -> Report:
@@ -106,7 +107,7 @@ class Report:
         """Write the report as one HTML file that needs no network; plots need matplotlib."""
         from .page import page
 
-        Path(path).write_text(page(self), encoding="utf-8")
+        durable.write(Path(path), page(self).encode())
 
     def plot_outliers(self):
         """A matplotlib figure: how far outlier channels stand out, before and after."""
