@@ -1,11 +1,17 @@
 #!/usr/bin/env bash
-# The operators' tests under AddressSanitizer and UndefinedBehaviorSanitizer.
-# Builds apart from the development build; arguments go to pytest.
+# The operators' tests under AddressSanitizer and UndefinedBehaviorSanitizer, then calls without
+# sense (tests/faults/fuzz_ops.py); arguments go to pytest. With the argument "thread": every kernel
+# on real threads under ThreadSanitizer (tests/races.cpp). Builds apart from the development build.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python="${FEWBIT_VENV:-.venv}/bin/python"
+if [ "${1:-}" = thread ]; then
+  cmake -S . -B build/races -G Ninja -DFEWBIT_SANITIZE=THREAD -DFEWBIT_CUDA=OFF
+  cmake --build build/races
+  exec env TSAN_OPTIONS=halt_on_error=1 build/races/cpp/fewbit_races
+fi
 build=build/sanitize
-cmake -S . -B "$build" -G Ninja -DFEWBIT_SANITIZE=ON -DPython_EXECUTABLE="$(readlink -f "$(dirname "$python")")/python"
+cmake -S . -B "$build" -G Ninja -DFEWBIT_SANITIZE=ADDRESS -DPython_EXECUTABLE="$(readlink -f "$(dirname "$python")")/python"
 cmake --build "$build"
 rm -rf "$build/python"
 cp -r python "$build/python"
@@ -20,4 +26,5 @@ for binding in cpp/bindings/*.cpp; do
   test="tests/test_$(basename "$binding" .cpp).py"
   if [ -f "$test" ]; then tests+=("$test"); fi
 done
-exec "$python" -m pytest -q "${tests[@]}" "$@"
+"$python" -m pytest -q "${tests[@]}" "$@"
+"$python" tests/faults/fuzz_ops.py --calls "${FEWBIT_FUZZ_CALLS:-5000}"
