@@ -24,9 +24,11 @@
 #include "fewbit/pseudo_quantize.h"
 #include "fewbit/quantize.h"
 #include "fewbit/quantize_per_token.h"
+#include "fewbit/scaled_error.h"
 #include "fewbit/unpack.h"
 #include "fewbit/unpack_fields.h"
 #include "fewbit/w4a16_linear.h"
+#include "fewbit/w4a4_linear.h"
 #include "fewbit/w8a8_linear.h"
 
 using namespace fewbit;
@@ -130,6 +132,21 @@ void grids() {
     Data<float> out = w;  // in place
     run(PseudoQuantize{out.data(), out.data(), DType::f32, N, K, group, grid, false});
     return bytes(out);
+  });
+}
+
+void candidates() {
+  const Data<float> w = numbers(N * K), scale(3 * K, 1.25f);
+  check("scaled_error", [&] {
+    Data<float> error(3 * N * K);
+    run(ScaledError{w.data(), scale.data(), error.data(), DType::f32, 3, N, K, group, grid});
+    return bytes(error);
+  });
+  const Data<uint32_t> words = codes<uint32_t>(M * K / 8, 65521);
+  check("w4a4_linear", [&] {
+    Data<int8_t> q(M * K);
+    run(FoursOfWords{words.data(), q.data(), M, K});
+    return bytes(q);
   });
 }
 
@@ -331,6 +348,7 @@ int main() {
   for (int level = 0; level <= int(cpu::best_isa()); ++level) {
     cpu::set_isa(Isa(level));
     grids();
+    candidates();
     statistics();
     rotations();
     layouts();

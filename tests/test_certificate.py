@@ -22,7 +22,7 @@ def run(twin, *transforms, dtype=torch.float32):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("twin", TWINS)
-def test_scales_are_certified(twin, dtype):
+def test_f20_scales_are_certified_in_every_family(twin, dtype):
     records = run(twin, scale.SearchScale(4), dtype=dtype).certificates
     parts = [r["path"].rpartition(".")[2] for r in records]
     assert parts[2:] == ["0", "1", "logits"]  # behind embedding and head
@@ -35,13 +35,13 @@ def test_scales_are_certified(twin, dtype):
     FoldNorm(False),
 ])
 @pytest.mark.parametrize("twin", ["opt", "llama-gqa", "phi", "gemma", "mixtral"])
-def test_rotations_are_certified(twin, transform):
+def test_f20_rotations_are_certified(twin, transform):
     records = run(twin, transform, scale.SearchScale(4)).certificates
     assert all(r["error"] <= r["bound"] / 2 for r in records)
 
 
 @pytest.mark.parametrize("twin", ["gemma", "opt"])
-def test_a_wrong_fold_names_its_layer(twin, monkeypatch):
+def test_f20_a_wrong_fold_names_its_layer(twin, monkeypatch):
     """A unit-offset norm taken for a plain one, and a norm whose bias is forgotten."""
     def wrong(layer, edge, s, family):
         source = layer.get_submodule(edge.source)

@@ -26,7 +26,7 @@ def emulate():
 @emulated
 @pytest.mark.parametrize("op", cuda_sweep.SWEEPS)
 @pytest.mark.parametrize("architecture, descending", [(75, False), (80, True)])
-def test_kernel_agrees_with_reference(emulate, op, architecture, descending):
+def test_f09_emulated_kernels_agree_with_the_reference(emulate, op, architecture, descending):
     emulate(architecture, descending)
     count, launches = 0, _C.emulated_launches()
     for what, got, want, bound in cuda_sweep.SWEEPS[op](CPU):

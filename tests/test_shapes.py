@@ -74,7 +74,7 @@ CHECKS = {"w4a16_linear": check_w4a16, "w8a8_linear": check_w8a8, "int8_mixed_li
 
 
 @pytest.mark.parametrize("op", CHECKS)
-def test_a_sample_of_shapes(isa, op):
+def test_f04_a_sample_of_shapes(isa, op):
     draw = random.Random(f"{isa} {op}")
     for _ in range(150):
         m, n, k = (draw.choice(SIZES) for _ in range(3))
@@ -85,6 +85,6 @@ def test_a_sample_of_shapes(isa, op):
 @pytest.mark.slow
 @pytest.mark.parametrize("m", SIZES)
 @pytest.mark.parametrize("op", CHECKS)
-def test_every_shape(op, m):
+def test_f04_every_shape(op, m):
     for n, k, bits, group, dtype in itertools.product(SIZES, SIZES, PACKED_BITS, GROUPS, DTYPES):
         CHECKS[op](m, n, k, bits, group, dtype)

@@ -163,7 +163,7 @@ def spectra():
 
 
 @pytest.mark.parametrize("name", spectra())
-def test_every_spectrum_finishes_on_its_rung(name):
+def test_f01_every_spectrum_finishes_on_its_rung(name):
     gram, rung = spectra()[name]
     weight, scheme = torch.randn(24, 96), Scheme(group_size=32)
     stats = Stats(400, torch.ones(96), torch.ones(96), gram)

@@ -124,7 +124,7 @@ class Probe:
             with _shaken([head]):
                 moved = head(self.hidden[shaken[name]]).double()
             rounding = (self.layers + 1) * _unit(self.hidden[name].dtype)
-            noise += float((moved - logits[name]).norm() + rounding * logits[name].norm())
+            noise += norm(moved - logits[name]) + rounding * norm(logits[name])
         self._record("logits", logits["transformed"], logits["original"], noise)
 
     def _record(self, name: str, got: Tensor, want: Tensor, noise: float) -> None:

@@ -28,6 +28,7 @@ from .source import Directory, Source
 
 MIB = 1 << 20
 LIBRARIES = 96 * MIB  # code and buffers that the first products and rotations bring in
+LEAST_WINDOW = 64  # tokens; statistics of shorter windows are not worth having
 FLOAT, WIDE = 4, 8  # bytes of the types that are computed in
 
 
@@ -51,6 +52,8 @@ class Plan:
     output: int
     dtype: torch.dtype
     hidden: int = 0  # bytes of one set of hidden states
+    window: int = 0  # tokens of the longest calibration window
+    passing: int = 0  # bytes that each of them takes on its way through a layer
     activations: float = float("inf")
     notes: list[str] = field(default_factory=list)
 
@@ -97,8 +100,17 @@ class Plan:
             needs = -(-self.memory // MIB)
             raise UsageError(
                 f"--memory {memory // MIB}MiB is too little: phase {worst.name!r} needs {needs} "
-                f"MiB; the smallest change that fits is --memory {needs}MiB"
+                f"MiB; the smallest change that fits is --memory {needs}MiB{self._shorter(memory)}"
             )
+
+    def _shorter(self, memory: int) -> str:
+        """', or --window N' where windows of N tokens would fit."""
+        others = max((p.memory for p in self.phases if p.name != "layers"), default=0)
+        layers = max(p.memory for p in self.phases if p.name == "layers")
+        over = self.base + layers - memory
+        window = self.window - -(-over // self.passing) if self.passing else 0
+        fits = window >= LEAST_WINDOW and self.base + others <= memory
+        return f", or --window {window}" if fits else ""
 
     def __str__(self) -> str:
         lines = [
@@ -261,11 +273,11 @@ def estimate(
         layer = max(layer, FLOAT * (2 * weights + 4 * biggest))
     if rotated:
         layer = max(layer, WIDE * (weights + 2 * biggest))
-    grams = 0
+    grams = passing = 0
     if data is not None:
         grams = FLOAT * sum(k * k for k in inputs) * (2 if recipe.solver.needs_cross else 1)
-        passing = FLOAT * window * (2 * sum(n for n, _ in shapes) // 2 + 4 * max(inputs))
-        layer += grams + passing + 2 * floats * hidden
+        passing = FLOAT * (sum(n for n, _ in shapes) + 4 * max(inputs))
+        layer += grams + passing * window + 2 * floats * hidden
     if whole:
         layer += FLOAT * (outer + weights * count)
         outside += FLOAT * weights * count
@@ -293,6 +305,8 @@ def estimate(
         output,
         dtype,
         hidden * floats,
+        window,
+        passing,
         notes=notes,
     )
 

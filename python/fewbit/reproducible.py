@@ -13,20 +13,26 @@ import torch
 from torch import Tensor
 
 BLOCK = 4096  # a sum of fewer than 32768 elements is never shared between threads
+PIECE = BLOCK << 8  # elements widened at once
 
 
 def total(x: Tensor) -> float:
     """Sum of all elements of ``x``, any shape and float type, in float64.
 
     ``Tensor.sum()`` cuts a large tensor into as many parts as there are threads; sums over a last
-    dimension are shared row by row, so that fixed blocks give the same bits everywhere.
+    dimension are shared row by row, so that fixed blocks give the same bits everywhere. In pieces,
+    because torch widens all that it sums in another type.
     """
     x = x.detach().reshape(-1)
     while len(x) > BLOCK:
-        whole = len(x) // BLOCK * BLOCK
-        blocks = x[:whole].reshape(-1, BLOCK).sum(1, dtype=torch.float64)
-        x = torch.cat([blocks, x[whole:].double()])
+        x = torch.cat([part for piece in x.split(PIECE) for part in _sums(piece)])
     return float(x.sum(dtype=torch.float64))
+
+
+def _sums(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The sums of whole blocks, and what is left."""
+    whole = len(x) // BLOCK * BLOCK
+    return x[:whole].reshape(-1, BLOCK).sum(1, dtype=torch.float64), x[whole:].double()
 
 
 def norm(x: Tensor) -> float:

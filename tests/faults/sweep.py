@@ -3,23 +3,30 @@
     python tests/faults/sweep.py kill --method gptq            # kill -9 before every step on disk
     python tests/faults/sweep.py torn --method awq             # the same, with a half-written file
     python tests/faults/sweep.py enospc --method rtn           # the N-th step fails: no space left
+    python tests/faults/sweep.py write --method rtn            # the N-th write of the process fails
+    python tests/faults/sweep.py allocate --method gptq        # the N-th allocation of torch fails
     python tests/faults/sweep.py random --method gptq --times 50   # kill -9 at random times
     python tests/faults/sweep.py interrupt --method gptq --times 200   # Ctrl-C at random times
     python tests/faults/sweep.py all                            # all of it, for all METHODS
 
-Every run is a fork of this process, which has imported everything and started no thread.
+Every run is a fork of this process, which has imported everything and started no thread. The N-th
+write and allocation fail in the C library itself (failing.c, preloaded), wherever they come from.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import errno
+import functools
 import hashlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -38,12 +45,19 @@ METHODS = {
     "smoothquant": "w8a8",
 }  # fmt: skip
 FORMATS = {"smoothquant": "int-quantized"}
+PRELOADED = {"write": 0, "allocate": 1}  # kinds of failing.c
 ERRORS = {"enospc": errno.ENOSPC, "eio": errno.EIO, "erofs": errno.EROFS, "edquot": errno.EDQUOT}
+
+
+@functools.cache
+def windows(tokens: int) -> list[torch.Tensor]:
+    """Four calibration windows."""
+    return list(probe(4, tokens).split(1))
 
 
 def quantize(model: Path, out: Path, method: str, tokens: int = 24, **options):
     """``quantize_directory`` with the fixed arguments of this file."""
-    ids = list(probe(4, tokens).split(1))
+    ids = windows(tokens)
     options = {"format": FORMATS.get(method, "compressed-tensors"), "progress": False, **options}
     return stream.quantize_directory(model, out, method, METHODS[method], ids, **options)
 
@@ -66,13 +80,39 @@ class Fault:
             raise OSError(ERRORS[self.kind], os.strerror(ERRORS[self.kind]), str(path))
 
 
+class Preloaded:
+    """The same for calls into the C library, by failing.c: counts from when it is armed."""
+
+    def __init__(self, kind: str, at: int) -> None:
+        self.kind, self.at = PRELOADED[kind], at
+
+    def arm(self) -> None:
+        ctypes.CDLL(None).failing_arm(self.kind, ctypes.c_long(self.at))
+
+    @property
+    def seen(self) -> int:
+        return ctypes.CDLL(None).failing_seen(self.kind)
+
+
+def build(folder: Path) -> Path:
+    """failing.c as a library to be preloaded."""
+    library = folder / "failing.so"
+    source = Path(__file__).with_name("failing.c")
+    command = ["cc", "-shared", "-fPIC", "-O1", "-o", str(library), str(source), "-ldl"]
+    subprocess.run(command, check=True)
+    return library
+
+
 def child(run, hook=None) -> int:
     """Fork, run, and give the process id; 0 done, the error's exit code, 70 a crash."""
     sys.stdout.flush()
     pid = os.fork()
     if pid:
         return pid
-    durable.hook = hook
+    if isinstance(hook, Preloaded):
+        hook.arm()
+    else:
+        durable.hook = hook
     code = 70
     try:
         with interrupt.prompt(lambda: "stopped", ResumableStop.exit_code):
@@ -104,6 +144,8 @@ def digest(out: Path) -> str:
         data = path.read_bytes()
         if path.name == stream.REPORT:
             data = json.dumps(_result(json.loads(data)), sort_keys=True).encode()
+        if path.name == "README.md":  # holds the same environment
+            data = re.sub(rb'"threads": \d+', b"", data)
         h.update(path.relative_to(out).as_posix().encode() + b"\0" + data + b"\0")
     return h.hexdigest()
 
@@ -118,14 +160,17 @@ def _result(value):
 class Sweep:
     """One model, one method, the digest of its uninterrupted run, its time and number of steps."""
 
-    def __init__(self, folder: Path, method: str, name: str = "llama-gqa") -> None:
+    def __init__(
+        self, folder: Path, method: str, name: str = "llama-gqa", kind: str = "kill"
+    ) -> None:
         self.folder, self.method = folder, method
         self.model, self.out = folder / "model", folder / "out"
         if not self.model.exists():
             tiny(name).save_pretrained(self.model)
+        windows(24)  # before any child counts allocations
         reference = folder / f"reference-{method}"
         count = folder / "count"
-        fault = Fault("count", 0)
+        fault = (Preloaded if kind in PRELOADED else Fault)(kind, 0)
 
         def run() -> None:
             quantize(self.model, reference, method)
@@ -157,9 +202,8 @@ class Sweep:
         """Fail before every ``every``-th step; returns how many were tried."""
         tried = 0
         for at in range(1, self.steps + 1, every):
-            code = wait(self.start(Fault(kind, at)))
+            code = wait(self.start((Preloaded if kind in PRELOADED else Fault)(kind, at)))
             what = f"{self.method}, {kind} at step {at} of {self.steps}"
-            # Errors while tidying up after the output got its name are nobody's loss.
             allowed = (-signal.SIGKILL,) if kind in ("kill", "torn") else (3,)
             assert code in allowed, f"{what}: ended with {code}"
             self.finish(what)
@@ -190,19 +234,24 @@ class Sweep:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    kinds = ["kill", "torn", *ERRORS, "random", "interrupt"]
+    kinds = ["kill", "torn", *ERRORS, *PRELOADED, "random", "interrupt"]
     parser.add_argument("kind", choices=[*kinds, "all"])
     parser.add_argument("--method", choices=METHODS)
     parser.add_argument("--every", type=int, default=1)
     parser.add_argument("--times", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=0, help="of the random times")
     options = parser.parse_args()
+    if options.kind in ("all", *PRELOADED) and "failing.so" not in os.environ.get("LD_PRELOAD", ""):
+        with tempfile.TemporaryDirectory() as folder:
+            preload = {**os.environ, "LD_PRELOAD": str(build(Path(folder)))}
+            sys.exit(subprocess.run([sys.executable, *sys.argv], env=preload).returncode)
     torch.set_num_threads(1)  # a fork has no other threads
     for method in [options.method] if options.method else METHODS:
-        with tempfile.TemporaryDirectory() as folder:
-            sweep = Sweep(Path(folder), method)
-            for kind in kinds if options.kind == "all" else [options.kind]:
+        for kind in kinds if options.kind == "all" else [options.kind]:
+            with tempfile.TemporaryDirectory() as folder:
+                sweep = Sweep(Path(folder), method, kind=kind)
                 if kind in ("random", "interrupt"):
-                    took = sorted(sweep.at_times(kind, options.times))
+                    took = sorted(sweep.at_times(kind, options.times, options.seed))
                     p99 = took[min(len(took) - 1, int(0.99 * len(took)))]
                     text = f"{len(took)} times, p99 {p99:.3f} s, worst {took[-1]:.3f} s"
                 else:

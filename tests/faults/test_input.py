@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,10 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from sweep import quantize
+from sweep import METHODS, quantize
 
 import fewbit
-from fewbit import calibrate
+from fewbit import _C, calibrate
 from fewbit.certificate import Probe
 from fewbit.errors import (
     CalibrationError,
@@ -110,6 +111,18 @@ def test_f19_a_mislabelled_model_is_refused_by_its_types(tmp_path):
         quantize(tmp_path / "model", tmp_path / "out", "rtn")
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_f19_no_method_changes_a_quantised_model(method):
+    model = tiny("llama-gqa")
+    fewbit.quantize_(model, "rtn", "w4a16g8", progress=False)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(UsageError, match="already quantised"):
+        fewbit.quantize_(model, method, METHODS[method], probe(2, 8), progress=False)
+    after = model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+
+
 def test_f19_a_model_is_rotated_once():
     model = tiny("llama-gqa")
     fewbit.quantize_(model, "quarot", "w4a16g16", progress=False)
@@ -195,6 +208,9 @@ fewbit.load(sys.argv[2])
 def test_f24_nothing_is_looked_up_on_the_network(tmp_path):
     tiny("llama-gqa").save_pretrained(tmp_path / "model")
     command = [sys.executable, "-c", OFFLINE, str(tmp_path / "model"), str(tmp_path / "out")]
+    alone = ["unshare", "-rn"]  # without routes, where the system lets us
+    if shutil.which("unshare") and subprocess.run([*alone, "true"]).returncode == 0:
+        command = [*alone, *command]
     environment = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
     done = subprocess.run(
         command, capture_output=True, text=True, cwd=Path(__file__).parent, env=environment
@@ -208,3 +224,30 @@ def test_f25_the_binding_uses_the_stable_abi_only():
         for name in re.findall(r'#include\s+[<"]((?:torch|ATen|c10)/[^>"]+)', path.read_text()):
             assert name.startswith(("torch/csrc/stable/", "torch/headeronly/")), (path, name)
     assert "torch>=2.10" in (ROOT / "pyproject.toml").read_text()
+
+
+@pytest.mark.skipif(shutil.which("nm") is None, reason="needs nm")
+def test_f25_the_binary_asks_torch_for_c_functions_only():
+    """No name of a C++ function of torch is open in it: their meaning changes between versions."""
+    names = subprocess.run(["nm", "-D", "-u", _C.__file__], capture_output=True, text=True)
+    wanted = [line.split()[-1].split("@")[0] for line in names.stdout.splitlines()]
+    assert any(name.startswith("aoti_torch_") for name in wanted)
+    assert not [name for name in wanted if re.match(r"_ZN?K?(2at|3c10|5torch|6caffe2)", name)]
+
+
+BROKEN = """
+import sys
+class Finder:
+    def find_spec(self, name, path, target=None):
+        if name == "fewbit._C":
+            raise ImportError("undefined symbol: aoti_torch_something_new")
+sys.meta_path.insert(0, Finder())
+import fewbit
+"""
+
+
+def test_f25_a_torch_that_does_not_fit_is_one_sentence():
+    done = subprocess.run([sys.executable, "-c", BROKEN], capture_output=True, text=True)
+    last = done.stderr.splitlines()[-1]
+    assert done.returncode == 1 and "the native module does not load with torch" in last
+    assert "must be 2.10 or newer" in last and "[FB600]" in last

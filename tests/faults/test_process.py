@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from sweep import METHODS
+from sweep import METHODS, digest, quantize
+from test_numbers import wide
 
 from fewbit import _C, ops
-from tiny import tiny
+from tiny import TWINS, tiny
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
@@ -29,11 +30,53 @@ def sweep(*arguments):
 
 def test_f08_the_sanitizers_run_the_tests_of_every_operator():
     script = (ROOT / "scripts" / "sanitize.sh").read_text()
-    assert "-DFEWBIT_SANITIZE=ON" in script and "UBSAN_OPTIONS" in script
+    assert "-DFEWBIT_SANITIZE=ADDRESS" in script and "UBSAN_OPTIONS" in script
     assert "for binding in cpp/bindings/*.cpp" in script and "tests/test_$(basename" in script
     for path in (ROOT / "cpp" / "bindings").glob("*.cpp"):
         if "m.def(" in path.read_text() and path.name != "module.cpp":
             assert (ROOT / "tests" / f"test_{path.stem}.py").exists(), path.name
+
+
+def test_f08_every_kernel_is_in_the_race_test():
+    """tests/races.cpp runs every kernel's tasks on threads, for ThreadSanitizer."""
+    races = (ROOT / "tests" / "races.cpp").read_text()
+    for header in (ROOT / "cpp" / "include" / "fewbit").glob("*.h"):
+        for kernel in re.findall(r"^FEWBIT_(?:DOT_)?KERNEL\((\w+)", header.read_text(), re.M):
+            assert re.search(rf"\b{kernel}\b", races), kernel
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_f08_no_kernel_has_a_data_race():
+    """Builds the kernels under ThreadSanitizer and runs tests/races.cpp; some minutes."""
+    script = ["bash", str(ROOT / "scripts" / "sanitize.sh"), "thread"]
+    done = subprocess.run(script, capture_output=True, text=True)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    assert "every kernel on four threads" in done.stdout
+
+
+def test_f07_no_mixture_of_arguments_ends_the_process():
+    """A thousand calls of every kind; ``python tests/faults/fuzz_ops.py --calls N`` makes more."""
+    command = [sys.executable, str(HERE / "fuzz_ops.py"), "--calls", "2000", "--seed", "7"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=250)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+
+
+def test_f09_every_launch_is_checked_and_on_the_right_device():
+    """One function launches, and it returns the error; one calls it, under a device guard, and
+    names operator and shape."""
+    sources = {p.name: p.read_text() for p in (ROOT / "cpp" / "cuda").iterdir()}
+    assert not [name for name, text in sources.items() if "<<<" in text]
+    assert [name for name, text in sources.items() if "cudaLaunchKernel(" in text] == ["device.h"]
+    for name, text in sources.items():
+        calls = re.findall(r"^.*\bstart\(.*$", text, re.M)
+        for call in calls if name.endswith(".cu") else ():
+            assert re.search(r"\b(return|error =|if \(.*=)", call), (name, call)
+    bindings = {p.name: p.read_text() for p in (ROOT / "cpp" / "bindings").iterdir()}
+    assert [name for name, text in bindings.items() if "cuda::launch(" in text] == ["cuda.h"]
+    launcher = bindings["cuda.h"].partition("void run_cuda(")[2].partition("\n}")[0]
+    assert launcher.index("DeviceGuard guard(device)") < launcher.index("cuda::launch(")
+    assert "shape_of(on)" in launcher and "<< op <<" in launcher
 
 
 def test_f09_a_missing_cuda_build_is_said_not_guessed():
@@ -56,7 +99,7 @@ def test_f10_operators_from_many_threads_give_equal_bits():
     want, wrong = work(), []
 
     def many():
-        for _ in range(60):
+        for _ in range(1000):
             if not all(torch.equal(a, b) for a, b in zip(work(), want, strict=True)):
                 wrong.append(1)
 
@@ -117,6 +160,67 @@ def test_f12_ctrl_c_stops_an_operator_half_way():
     assert run.returncode == 0
 
 
+STOPPED = """
+import sys, time, threading, signal, os
+from pathlib import Path
+from sweep import quantize
+folder, after = Path(sys.argv[1]), float(sys.argv[2])
+threads = threading.active_count()
+def press():
+    time.sleep(after)
+    print(time.monotonic(), flush=True)
+    os.kill(os.getpid(), signal.SIGINT)
+threading.Thread(target=press).start()
+try:
+    quantize(folder / "model", folder / "out", "gptq", 256)
+except KeyboardInterrupt:
+    print(time.monotonic(), threading.active_count() - threads, flush=True)
+"""
+
+
+def test_f12_a_notebooks_stop_button_ends_the_cell_and_the_same_cell_goes_on(tmp_path):
+    """In the process itself, which lives on: no handler of the command line is in place."""
+    torch.manual_seed(0)
+    model = wide(tmp_path / "model", 1024, 2816)
+    cell = [sys.executable, "-c", STOPPED, str(tmp_path)]
+    for after in (0.4, 1.1):
+        done = subprocess.run([*cell, str(after)], cwd=HERE, capture_output=True, text=True)
+        lines = done.stdout.split()
+        assert done.returncode == 0 and len(lines) == 3, done.stdout + done.stderr
+        assert float(lines[1]) - float(lines[0]) < 0.5 and lines[2] == "0"
+        assert not (tmp_path / "out").exists()
+    quantize(model, tmp_path / "out", "gptq", 256)
+    quantize(model, tmp_path / "want", "gptq", 256)
+    assert digest(tmp_path / "out") == digest(tmp_path / "want")
+
+
+TWICE = """
+import sys, time
+from fewbit import interrupt
+interrupt.GRACE = 60.0
+with interrupt.prompt(lambda: "stopped twice", 3):
+    while True:
+        try:
+            print("ready", flush=True)
+            time.sleep(60)
+        except KeyboardInterrupt:
+            pass  # code that does not listen
+"""
+
+
+def test_f12_a_second_ctrl_c_ends_the_process_at_once():
+    command = [sys.executable, "-c", TWICE]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, text=True, **pipes) as run:
+        assert run.stdout.readline() == "ready\n"
+        run.send_signal(signal.SIGINT)
+        assert run.stdout.readline() == "ready\n"
+        sent = time.monotonic()
+        run.send_signal(signal.SIGINT)
+        assert run.wait(5) == 3 and time.monotonic() - sent < 0.5
+        assert run.stderr.read() == "stopped twice\n"
+
+
 def test_f12_ctrl_c_ends_a_run_that_resumes_to_the_same_bytes():
     out = sweep("interrupt", "--method", "gptq", "--times", 3)
     assert float(re.search(r"p99 ([\d.]+) s", out)[1]) <= 0.5
@@ -131,6 +235,32 @@ def test_f12_two_hundred_times_ctrl_c():
 
 def test_f13_killed_at_steps_then_resumed_to_the_same_bytes():
     sweep("kill", "--method", "gptq", "--every", 16)
+
+
+def test_f13_no_memory_at_an_allocation_then_resumed_to_the_same_bytes():
+    sweep("allocate", "--method", "rtn", "--every", 300)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("method", METHODS)
+def test_f13_no_memory_at_every_fifth_allocation(method):
+    sweep("allocate", "--method", method, "--every", 5)
+
+
+@pytest.mark.parametrize("name", TWINS)
+def test_f13_every_family_goes_on_after_its_first_layer(tmp_path, name):
+    def callback(event):
+        if event["event"] == "layer":
+            raise KeyboardInterrupt
+
+    tiny(name).save_pretrained(tmp_path / "model")
+    quantize(tmp_path / "model", tmp_path / "want", "awq")
+    with pytest.raises(KeyboardInterrupt):
+        quantize(tmp_path / "model", tmp_path / "out", "awq", callback=callback)
+    assert (tmp_path / "out.fewbit" / "step-00001.json").exists()
+    quantize(tmp_path / "model", tmp_path / "out", "awq")
+    assert digest(tmp_path / "out") == digest(tmp_path / "want")
 
 
 @pytest.mark.slow

@@ -40,6 +40,26 @@ def test_two_ranks_give_the_bytes_of_one(model, tmp_path):
     agree(model, tmp_path, "gptq", [2])
 
 
+def test_torchrun_runs_the_command_line(model, tmp_path):
+    """Every file of the output the same, and one of the processes speaks."""
+    command = ["-m", "fewbit", "quantize", str(model), "-o", "out", "--method", "rtn",
+               "--scheme", "w4a16g8", "--threads", "1"]  # fmt: skip
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    for name, start in {"one": [], "two": launch}.items():
+        (tmp_path / name).mkdir()
+        run = subprocess.run(
+            [sys.executable, *start, *command],
+            capture_output=True,
+            text=True,
+            timeout=280,
+            cwd=tmp_path / name,
+        )
+        assert run.returncode == 0, run.stderr[-3000:]
+        assert run.stdout.count("written") == run.stderr.count("plan ") == 1
+    assert digest(tmp_path / "two" / "out") == digest(tmp_path / "one" / "out")
+    assert "fewbit_recipe.toml" in [p.name for p in (tmp_path / "two" / "out").iterdir()]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_two_and_three_ranks_give_the_bytes_of_one(model, tmp_path, method):

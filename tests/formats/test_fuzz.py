@@ -8,12 +8,12 @@ import pytest
 from fuzz_checkpoints import run
 
 
-def test_a_thousand_damaged_directories():
+def test_f23_a_thousand_damaged_directories():
     assert 0 < run(1000, seed=3) < 1000
 
 
 @pytest.mark.timeout(1500)
-def test_a_hundred_thousand_damaged_directories_in_512_mebibytes():
+def test_f23_a_hundred_thousand_damaged_directories_in_512_mebibytes():
     """In a process of its own, whose peak memory is measured and is a failure above the limit."""
     script = Path(__file__).with_name("fuzz_checkpoints.py")
     command = [sys.executable, script, "--cases", "100000", "--seed", "4"]

@@ -54,7 +54,7 @@ def indexed(path, file):
 
 
 @pytest.mark.parametrize("name", BAD_NAMES)
-def test_bad_file_names(tmp_path, name):
+def test_f21_bad_file_names(tmp_path, name):
     inner = tmp_path / "model"
     inner.mkdir()
     save_file({"w": torch.zeros(2)}, tmp_path / "x.safetensors")
@@ -62,7 +62,7 @@ def test_bad_file_names(tmp_path, name):
         Shards(indexed(inner, name))
 
 
-def test_links_and_special_files(tmp_path):
+def test_f21_links_and_special_files(tmp_path):
     inner = tmp_path / "model"
     inner.mkdir()
     save_file({"w": torch.zeros(2)}, tmp_path / "secret.safetensors")
