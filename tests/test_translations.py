@@ -20,7 +20,7 @@ TRANSLATED = {
     "Ten lines": "998bb77358af64f7",
     "Methods": "29faf840e332b0e7",
     "Results": "086d7ed6ceee7cfc",
-    "Models bigger than memory, and runs that stop": "200a4ce29fa9800b",
+    "Models bigger than memory, and runs that stop": "41505291e0ab4b69",
     "How it is made": "99b54d5e37c62018",
     "Limits, said plainly": "f40a89684f8aaa45",
 }
