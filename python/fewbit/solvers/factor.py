@@ -22,8 +22,8 @@ from ..stats import sum_type
 
 RUNGS = ("damp", "damp x 10", "damp x 100", "damp x 1000", "floor", "rtn")
 ROWS = 64  # moved at a time: a factor needs little more memory than its own
-BLOCK, PIECE = 128, 256  # columns and rows of a piece of linear algebra
-WIDE = 1024  # columns of one product: MKL packs them all, for every thread
+BLOCK, PIECE = 128, 128  # columns and rows of a piece of linear algebra
+WIDE = 512  # columns of one product: MKL packs them all, for every thread
 
 
 @dataclass
