@@ -162,7 +162,7 @@ def run(
         progress.skip(first)
         for index in range(first, len(decoder_layers(model, family))):
             with source.layer(index) as layer:
-                done = _layer(layer, index, recipe, family, config, trail, progress, store.ranks)
+                done = _layer(layer, index, recipe, source, config, trail, progress, store.ranks)
                 report.linears += done["linears"]
                 report.transforms += done["transforms"]
                 sink.layer(index, layer, done, trail)
@@ -172,10 +172,11 @@ def run(
 
 
 def _layer(
-    layer: nn.Module, index: int, recipe: Recipe, family: Family, config, trail: Trail,
+    layer: nn.Module, index: int, recipe: Recipe, source: Source, config, trail: Trail,
     progress: Progress, ranks: Ranks,
 ) -> dict:
     """Transform, solve and pack one layer, move ``trail`` behind it; what was done."""
+    family = source.family
     name = f"{family.layers}.{index}"
     context = LayerContext(index, family, config, recipe.scheme, {}, solver=recipe.solver)
     inputs, floats, probe = trail.inputs, trail.floats, trail.probe
@@ -213,6 +214,8 @@ def _layer(
                     floats.linears[path] = linear
                 carry(linear, packed)
                 replace_module(layer, path, packed)
+                if floats is None:
+                    source.release(linear)
                 records.append(record)
                 progress.linear(record)
                 del linear, packed

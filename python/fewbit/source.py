@@ -31,6 +31,9 @@ class Source:
         """One decoder layer, linearised, to be changed inside the block."""
         yield decoder_layers(self.model, self.family)[index]
 
+    def release(self, linear: nn.Module) -> None:
+        """A linear has been solved and replaced: nobody asks for its float weight any more."""
+
     def outside(self, writes: bool) -> Iterator[tuple[str, Tensor]]:
         """Names and tensors of what lies around the layers, in memory (``writes``) or as stored."""
         inside = f"{self.family.layers}."
@@ -80,6 +83,12 @@ class Directory(Source):
             yield layer
         finally:
             empty.restore(layer)
+
+    def release(self, linear: nn.Module) -> None:
+        # The module itself stays: ``layer`` puts it back, empty, at its end.
+        for name, value in linear._parameters.items():
+            if value is not None:
+                linear._parameters[name] = nn.Parameter(value.to("meta"), requires_grad=False)
 
     def outside(self, writes: bool) -> Iterator[tuple[str, Tensor]]:
         if writes:

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -224,10 +225,12 @@ def test_f15_the_source_is_never_written_over(model, tmp_path):
 
 
 def test_f16_layers_come_and_go_one_at_a_time(model, tmp_path):
-    """At every event of the run, no layer but the one in hand has weights."""
+    """At every event of the run, no layer but the one in hand has weights; and of those, no linear
+    that has been solved."""
     from fewbit import source
 
-    seen, layer_of = [], source.Directory.layer
+    seen, layer_of, release_of = [], source.Directory.layer, source.Directory.release
+    solved = []
 
     class Watched(source.Directory):
         def layer(self, index):
@@ -235,12 +238,18 @@ def test_f16_layers_come_and_go_one_at_a_time(model, tmp_path):
             seen.append(len(alive))
             return layer_of(self, index)
 
-    original, source.Directory.layer = source.Directory.layer, Watched.layer
+        def release(self, linear):
+            weight = weakref.ref(linear.weight)
+            release_of(self, linear)
+            solved.append((weight, linear.weight.is_meta))
+
+    source.Directory.layer, source.Directory.release = Watched.layer, Watched.release
     try:
         quantize(model, tmp_path / "out", "awq")
     finally:
-        source.Directory.layer = original
-    assert seen == [0, 0]
+        source.Directory.layer, source.Directory.release = layer_of, release_of
+    assert seen == [0, 0] and len(solved) == 14
+    assert all(weight() is None and empty for weight, empty in solved)
 
 
 def test_f16_too_little_memory_is_refused_with_what_would_fit(model, tmp_path):
