@@ -113,9 +113,9 @@ Tensor int8_mixed_linear(const Tensor& x, const Tensor& packed, const Tensor& sc
     return mixed_on_cuda(in, w, a, float(threshold), outliers, kept, kept_weight);
   }
 #endif
-  const Scratch<uint8_t, Outlier, const float*, int8_t, float, int32_t> scratch(
-      columns, columns, kept ? columns : 0, m * columns, m, m);
-  uint8_t* flag = scratch.get<0>();
+  const auto scratch = integer_scratch<uint8_t, Outlier, const float*>(l, m, true, true, columns,
+                                                                       columns, kept ? columns : 0);
+  uint8_t* flag = scratch.get<6>();
   std::fill_n(flag, columns, uint8_t(0));
   if (outliers)
     each_column(*outliers, "outliers", columns, [&](int64_t k, int64_t) { flag[k] = 1; });
@@ -124,7 +124,7 @@ Tensor int8_mixed_linear(const Tensor& x, const Tensor& packed, const Tensor& sc
         grain_for(m * OutlierColumns::block));
 
   std::optional<Tensor> float_columns;
-  const float** by_column = scratch.get<2>();
+  const float** by_column = scratch.get<8>();
   if (kept) {
     check_shape(*kept_weight, {kept->numel(), l.rows}, "kept_weight");
     check_dtype(*kept_weight, ScalarType::Float, "kept_weight");
@@ -134,7 +134,7 @@ Tensor int8_mixed_linear(const Tensor& x, const Tensor& packed, const Tensor& sc
       by_column[k] = data<float>(*float_columns) + i * l.rows;
     });
   }
-  Outlier* outlier = scratch.get<1>();
+  Outlier* outlier = scratch.get<7>();
   int64_t count = 0;
   const auto next = [&](int64_t k) -> int64_t {
     const void* found = std::memchr(flag + k, 1, size_t(columns - k));
@@ -172,7 +172,7 @@ Tensor int8_mixed_linear(const Tensor& x, const Tensor& packed, const Tensor& sc
   quantize_tokens(in, true, std::nullopt, std::nullopt, count > 0 ? flag : nullptr,
                   scratch.get<3>(), scratch.get<4>(), scratch.get<5>());
   run_integer({scratch.get<3>(), true, DType::f32, m, scratch.get<4>(), nullptr, nullptr}, w,
-              count > 0 ? &product : nullptr, out.mutable_data_ptr(), dtype);
+              scratch, count > 0 ? &product : nullptr, out.mutable_data_ptr(), dtype);
   return out;
 }
 

@@ -52,25 +52,29 @@ inline void check_exact(const PackedLayout& l, bool symmetric) {
         l.group_size);
 }
 
-// The arrays of an integer product: digits, scales and sums of Digits; then codes, scales and zero
-// points of m tokens where `quantized` here.
-using IntegerScratch = Scratch<uint32_t, float, int32_t, int8_t, float, int32_t>;
-inline IntegerScratch integer_scratch(const PackedLayout& l, int64_t m, bool codes,
-                                      bool quantized) {
+// The arrays of an integer product: digits, scales and sums of Digits; codes, scales and zero
+// points of m tokens where `quantized` here; and what else the caller needs. One allocation serves
+// a call.
+template <class... More>
+using IntegerScratch = Scratch<uint32_t, float, int32_t, int8_t, float, int32_t, More...>;
+template <class... More, class... N>
+IntegerScratch<More...> integer_scratch(const PackedLayout& l, int64_t m, bool codes,
+                                        bool quantized, N... more) {
   const int64_t rows = m > 0 ? integer_rows(m) : 1, padded = ceil_div(m, rows) * rows;
   const int64_t tokens = quantized ? m : 0, digits = codes ? 2 : max_digits;
-  return IntegerScratch(padded * (l.padded_columns() / 4) * digits, m * l.groups(), m * l.groups(),
-                        tokens * l.columns, tokens, tokens);
+  return IntegerScratch<More...>(padded * (l.padded_columns() / 4) * digits, m * l.groups(),
+                                 m * l.groups(), tokens * l.columns, tokens, tokens, more...);
 }
 
 // `outliers`, or null: the float part of LLM.int8().
-inline void run_integer(const Activations& x, const Weight& w, const IntegerScratch& scratch,
-                        const OutlierProduct* outliers, void* out, DType dtype) {
+template <class... More>
+void run_integer(const Activations& x, const Weight& w, const IntegerScratch<More...>& scratch,
+                 const OutlierProduct* outliers, void* out, DType dtype) {
   const PackedLayout& l = w.layout;
   const int64_t rows = integer_rows(x.m);
-  uint32_t* words = scratch.get<0>();
-  float* scale = scratch.get<1>();
-  void* sum = scratch.get<2>();  // int32, or float32
+  uint32_t* words = scratch.template get<0>();
+  float* scale = scratch.template get<1>();
+  void* sum = scratch.template get<2>();  // int32, or float32
   run(Digits{x.x, words, scale, sum, x.codes, x.dtype, x.m, rows, l}, grain_for(l.columns));
   run(W8A8Linear{words, x.codes ? x.scale : scale, sum, x.zero, x.code_sum, x.codes,
                  data<uint32_t>(w.words), w.scale.const_data_ptr(), data<uint8_t>(w.zero_point),

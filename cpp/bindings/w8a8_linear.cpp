@@ -39,7 +39,7 @@ Tensor w8a8_linear(const Tensor& x, const Tensor& packed, const Tensor& scale,
 #endif
   // Codes of float x: in scratch, or beside x on a card.
   const bool local = !codes && card == 0;
-  const IntegerScratch scratch = integer_scratch(l, card == 0 ? m : 0, true, local);
+  const IntegerScratch<> scratch = integer_scratch(l, card == 0 ? m : 0, true, local);
   if (codes) {
     check(bool(x_scale), "x of int8 codes needs x_scale, one per token");
     check_dtype(*x_scale, ScalarType::Float, "x_scale");
