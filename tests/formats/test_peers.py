@@ -51,8 +51,8 @@ def test_compressed_tensors_words_of_every_version(bits, elements):
             continue
     else:
         pytest.skip("compressed_tensors has no packing functions that are known")
-    scheme = Scheme(bits, -1, False)
-    codes = random_codes(24, elements, scheme)
+    scheme, n = Scheme(bits, -1, False), 240  # whole words: 0.9.4 cannot pack a ragged column
+    codes = random_codes(n, elements, scheme)
     middle = 1 << (bits - 1)
     rows = theirs.pack_to_int32((codes.q.int() - middle).to(torch.int8), bits)
     zeros = (codes.zero_point.int() - middle).to(torch.int8)
@@ -61,16 +61,16 @@ def test_compressed_tensors_words_of_every_version(bits, elements):
         "weight_packed": rows,
         "weight_zero_point": zeros,
         "weight_scale": codes.scale,
-        "weight_shape": torch.tensor([24, elements]),
+        "weight_shape": torch.tensor([n, elements]),
     }
     section = PackQuantized().config({"a": scheme}, [])
     format = formats.parse(section | {"version": version("compressed-tensors")}).format
-    format.check(stored, scheme, 24, elements)
+    format.check(stored, scheme, n, elements)
     assert same(format.unpack(stored, scheme), codes)
     if dense() or fields.WORD % bits == 0:
         ours = format.pack(codes, scheme)
         assert all(torch.equal(ours[name], tensor) for name, tensor in stored.items())
-        there = theirs.unpack_from_int32(ours["weight_packed"], bits, torch.Size([24, elements]))
+        there = theirs.unpack_from_int32(ours["weight_packed"], bits, torch.Size([n, elements]))
         assert torch.equal(there.int() + middle, codes.q.int())
 
 
