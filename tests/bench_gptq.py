@@ -216,7 +216,12 @@ class FOEM(Solver):
 
 def successors(folders: list[Path]) -> list[tuple[str, bool]]:
     """Mean KL divergence from the float model on text that calibration has not seen: windows 32 to
-    63 of the calibration file. All as published, columns from left to right, ranges unsearched."""
+    63 of the calibration file. All as published, columns from left to right, ranges unsearched.
+
+    Measured on opt-tiny and opt-tiny-outliers at 3 and 2 bits and llama-tiny at 3, mean: GPTQ
+    0.152, FOEM 0.154 (beta 0.05) and 0.176 (0.2), GPTAQ 0.150 half of the way and 0.194 all of it,
+    Qronos 0.145 and 0.192.
+    """
     plain = dict(order="columns", fit="range")
     solvers = {"gptq": GPTQ(**plain)} | {f"foem {b}": FOEM(b) for b in (0.05, 0.2)}
     for target in ("gptaq", "qronos"):
