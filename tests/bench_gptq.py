@@ -22,7 +22,7 @@ import transformers
 import fewbit
 import published
 from conftest import ROOT, SHARED
-from fewbit import calibrate, checkpoint, ops
+from fewbit import calibrate, checkpoint, memory, ops
 from fewbit.evaluate import compare, log_probabilities
 from fewbit.families import decoder_layers, describe
 from fewbit.recipes import Recipe
@@ -115,17 +115,12 @@ def eager(w, h, bits: int, group: int, block: int = 128) -> torch.Tensor:
 def peak_bytes(function) -> int:
     """The most memory that this process holds while ``function`` runs, beyond what it held before
     (Linux counts it in whole pages, what libraries map and MKL buffers included)."""
-
-    def field(name: str) -> int:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) for line in lines if line.startswith(name)) * 1024
-
-    Path("/proc/self/clear_refs").write_text("5")  # the mark is at what is held now
-    before = field("VmRSS")
+    memory.reset_peak()
+    before = memory.resident()
     result = function()
-    peak = field("VmHWM") - before
+    most = memory.peak() - before
     del result
-    return peak
+    return most
 
 
 def speed(size: int = 4096, repeats: int = 3) -> dict:

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from .calibrate import Windows
 from .errors import MissingExtraError, ShortTextError, UsageError
+from .memory import peak
 
 
 @dataclass(frozen=True)
@@ -251,11 +252,7 @@ def peak_bytes(device: torch.device | None = None) -> int:
     """The most memory that the process, or the GPU for it, has held so far."""
     if device is not None and device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 0
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return peak()
 
 
 def _now(device: torch.device) -> float:

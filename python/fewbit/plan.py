@@ -22,6 +22,7 @@ from .durable import storing
 from .errors import AlreadyQuantizedError, OutputError, UsageError
 from .families import decoder_layers
 from .linearise import linearise
+from .memory import resident
 from .recipes import Recipe
 from .shards import Shards
 from .source import Directory, Source
@@ -206,20 +207,6 @@ def stored_dtype(shards: Shards) -> torch.dtype:
     return max(sizes, key=sizes.__getitem__)
 
 
-def rss() -> int:
-    """Bytes of this process in memory."""
-    try:
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmRSS"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
 def estimate(
     source: Source, shards: Shards, recipe: Recipe, data: Windows | None,
     dtype: torch.dtype | None = None, folder: Path | None = None,
@@ -228,7 +215,7 @@ def estimate(
     model, family = source.model, source.family
     rates = measure(recipe, shards, folder or Path(tempfile.gettempdir()))
     dtype = dtype or stored_dtype(shards)
-    base = rss() + LIBRARIES
+    base = resident() + LIBRARIES
     layers = decoder_layers(model, family)
     inside = f"{family.layers}."
     around = {n: p.numel() for n, p in model.named_parameters() if not n.startswith(inside)}

@@ -9,6 +9,8 @@ from collections.abc import Callable
 import torch
 from tqdm.auto import tqdm
 
+from .memory import resident
+
 HEAD = (
     f"{'linear':<40} {'error':>8} {'tokens':>9} {'rung':>4} {'seconds':>8} {'memory':>9} "
     f"{'left':>8}"
@@ -96,14 +98,7 @@ class Progress:
 def held_bytes() -> tuple[int, int]:
     """Memory in use now: resident in this process (0 where that is unknown), and on the GPU."""
     gpu = torch.cuda.memory_allocated() if torch.cuda.is_initialized() else 0
-    try:
-        with open("/proc/self/statm", encoding="ascii") as file:
-            pages = int(file.read().split()[1])
-    except OSError:
-        return 0, gpu
-    import resource
-
-    return pages * resource.getpagesize(), gpu
+    return resident(), gpu
 
 
 def _memory() -> str:

@@ -11,7 +11,6 @@ import argparse
 import copy
 import json
 import random
-import re
 import struct
 import tempfile
 import time
@@ -24,6 +23,7 @@ from strategies import random_codes
 from fewbit import formats
 from fewbit.errors import FewbitError
 from fewbit.formats.bitsandbytes import Bnb4
+from fewbit.memory import peak
 from fewbit.scheme import Scheme
 from fewbit.shards import INDEX, Shards, Writer
 from fewbit.stored import find
@@ -209,12 +209,6 @@ def run(cases, seed=0, only=None):
     return good
 
 
-def peak_megabytes():
-    """Of this program; ru_maxrss would count the process that started it too."""
-    status = Path("/proc/self/status").read_text()
-    return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 1024
-
-
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--cases", type=int, default=100_000)
@@ -225,8 +219,8 @@ def main():
     begin = time.perf_counter()
     good = run(args.cases, args.seed, args.only)
     seconds = time.perf_counter() - begin
-    print(f"{args.cases} cases, {good} readable, {seconds:.0f} s, peak {peak_megabytes():.0f} MiB")
-    assert peak_megabytes() < 512
+    print(f"{args.cases} cases, {good} readable, {seconds:.0f} s, peak {peak() / 2**20:.0f} MiB")
+    assert peak() < 512 * 2**20
 
 
 if __name__ == "__main__":

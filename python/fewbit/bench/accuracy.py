@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import resource
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,6 +23,7 @@ from ..calibrate import Windows, cut, read_text, tokenize
 from ..checkpoint import load_float, load_tokenizer
 from ..errors import FewbitError, MissingExtraError, UsageError
 from ..evaluate import compare, log_probabilities
+from ..memory import peak, reset_peak
 from ..pipeline import environment, quantize_
 
 
@@ -215,24 +215,6 @@ def _measure(
         "cpu_seconds": busy,
         "extra_peak_bytes": memory,
     }
-
-
-def reset_peak() -> int:
-    """Start a new peak of resident memory where the system can (Linux); bytes resident now."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        pass
-    return peak()
-
-
-def peak() -> int:
-    """Peak resident bytes, since reset_peak on Linux."""
-    try:
-        status = Path("/proc/self/status").read_text()
-        return 1024 * int(status.split("VmHWM:")[1].split()[0])
-    except (OSError, IndexError):
-        return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def _digest_of(model_dir) -> str:
