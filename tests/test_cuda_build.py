@@ -251,7 +251,7 @@ def check_instructions(architecture, cubins):
     for name in READ_WIDE[1:] if architecture == 75 else READ_WIDE:  # no bfloat16 there
         wide = ("LDG.E.128", "LDGSTS.E.BYPASS.128", "LDGSTS.E.BYPASS.LTC128B.128")
         assert any(i.startswith(wide) for i in found[name]), (name, "no 16-byte loads")
-    for name in ("dequantize", "dense_packed"):
+    for name in ("pseudo_quantize", "dequantize", "dense_packed", "scaled_error"):
         assert any(i.startswith("STG.E.128") for i in found[name]), (name, "no 16-byte stores")
 
 

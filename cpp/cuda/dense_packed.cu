@@ -5,13 +5,13 @@ namespace fewbit::cuda {
 constexpr int dense_threads = 256;
 
 // Thread t has row t % 16 of a panel and one unit: a warp reads 16 neighbouring words of two units.
-// Blocks go along the units of a panel, panels along y.
+// Panels go along x, which may be long, and the units of a panel along y.
 template <class T, int bits>
 __global__ void dense_packed(DensePacked a) {
   constexpr int columns = int(unit_columns(bits));
   const PackedLayout& l = a.layout;
-  const int64_t r = threadIdx.x % panel_rows, panel = blockIdx.y, row = panel * panel_rows + r;
-  const int64_t u = int64_t(blockIdx.x) * (dense_threads / panel_rows) + threadIdx.x / panel_rows;
+  const int64_t r = threadIdx.x % panel_rows, panel = blockIdx.x, row = panel * panel_rows + r;
+  const int64_t u = int64_t(blockIdx.y) * (dense_threads / panel_rows) + threadIdx.x / panel_rows;
   if (row >= l.rows || u >= l.units()) return;
   const uint32_t* in = a.packed + panel * l.panel_words() + u * unit_words(bits) * panel_rows + r;
   uint32_t word[unit_words(bits)];
@@ -44,7 +44,7 @@ __global__ void dense_packed(DensePacked a) {
 
 const char* launch(const DensePacked& a, Place place) {
   const PackedLayout& l = a.layout;
-  const dim3 grid(unsigned(ceil_div(l.units(), dense_threads / panel_rows)), unsigned(l.panels()));
+  const dim3 grid(unsigned(l.panels()), unsigned(ceil_div(l.units(), dense_threads / panel_rows)));
   return with_type(a.dtype, [&](auto* type) -> const char* {
     using T = element<decltype(type)>;
     switch (l.bits) {

@@ -48,6 +48,7 @@ const char* start(void (*kernel)(Args), dim3 grid, dim3 block, size_t shared, Pl
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return nullptr;
   if (refuses_launches()) return "refused by the emulator";
   if (int64_t(shared) > shared_memory(0)) return "too much shared memory";
+  if (grid.x > 0x7FFFFFFFu || grid.y > 65535 || grid.z > 65535) return "too many blocks";
   emulator::run([&] { kernel(args); }, grid, block);
   return nullptr;
 }
@@ -70,13 +71,55 @@ template <class T, int V>
 struct alignas(sizeof(T) * V) Vector {
   T v[V];
 };
+// The type of one access of so many bytes.
+template <int bytes>
+struct Whole;
+template <>
+struct Whole<1> {
+  using type = uint8_t;
+};
+template <>
+struct Whole<2> {
+  using type = uint16_t;
+};
+template <>
+struct Whole<4> {
+  using type = uint32_t;
+};
+template <>
+struct Whole<8> {
+  using type = uint2;
+};
+template <>
+struct Whole<16> {
+  using type = uint4;
+};
+
 template <int V, class T>
 FEWBIT_DEVICE Vector<T, V> load(const T* p) {
-  return *reinterpret_cast<const Vector<T, V>*>(p);
+  using Access = typename Whole<int(sizeof(T)) * V>::type;
+  return __builtin_bit_cast(Vector<T, V>, *reinterpret_cast<const Access*>(p));
 }
+// To global memory. Long stores are said as one instruction: the compiler would store every element
+// as soon as it is there, where there is inline PTX in between.
 template <class T, int V>
 FEWBIT_DEVICE void store(T* p, const Vector<T, V>& v) {
-  *reinterpret_cast<Vector<T, V>*>(p) = v;
+  using Access = typename Whole<int(sizeof(T)) * V>::type;
+  const Access whole = __builtin_bit_cast(Access, v);
+#if defined(__CUDA_ARCH__)
+  const size_t to = __cvta_generic_to_global(p);
+  if constexpr (sizeof(Access) == 16) {
+    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(whole.x), "r"(whole.y),
+                 "r"(whole.z), "r"(whole.w)
+                 : "memory");
+    return;
+  } else if constexpr (sizeof(Access) == 8) {
+    asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(to), "r"(whole.x), "r"(whole.y)
+                 : "memory");
+    return;
+  }
+#endif
+  *reinterpret_cast<Access*>(p) = whole;
 }
 
 // Elements of one 16-byte access where every row and group starts on one; else 1.

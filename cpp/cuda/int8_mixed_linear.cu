@@ -57,9 +57,9 @@ constexpr int mixed_rows = 4;
 template <class T>
 __global__ void outlier_product(OutlierProductRows a) {
   const PackedLayout& l = a.layout;
-  const int64_t n = int64_t(blockIdx.x) * mixed_threads + threadIdx.x;
+  const int64_t n = int64_t(blockIdx.y) * mixed_threads + threadIdx.x;
   if (n >= l.rows) return;
-  const int64_t m0 = int64_t(blockIdx.y) * mixed_rows;
+  const int64_t m0 = int64_t(blockIdx.x) * mixed_rows;
   const int64_t panel = n / panel_rows, r = n % panel_rows;
   const int count = a.list[0];
   float sum[mixed_rows] = {};
@@ -117,8 +117,8 @@ const char* launch(const ColumnPlaces& a, Place place) {
 const char* launch(const OutlierProductRows& a, Place place) {
   const char* error = start(&outlier_list, dim3(1), mixed_threads, 0, place, a);
   if (error != nullptr) return error;
-  const dim3 grid(unsigned(ceil_div(a.layout.rows, mixed_threads)),
-                  unsigned(ceil_div(a.m, mixed_rows)));
+  const dim3 grid(unsigned(ceil_div(a.m, mixed_rows)),  // x may be long
+                  unsigned(ceil_div(a.layout.rows, mixed_threads)));
   return with_type(a.dtype, [&](auto* type) {
     return start(&outlier_product<element<decltype(type)>>, grid, mixed_threads, 0, place, a);
   });

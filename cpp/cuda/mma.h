@@ -1,6 +1,6 @@
 // Products of one warp on tensor cores, asynchronous copies, and the few other instructions that
-// C++ does not say: all inline PTX of the package but the conversions of numeric.h. Everything has
-// a host twin, built on the maps below, for the emulator.
+// C++ does not say: all inline PTX of the package but the conversions of numeric.h and the stores
+// of device.h. Everything has a host twin, built on the maps below, for the emulator.
 //
 // Maps: PTX ISA, "Matrix Fragments for mma.m16n8k16 / m16n8k32 / m16n8k64". Element e of a fragment
 // is the e-th from the low end of the lane's registers.

@@ -263,7 +263,7 @@ FEWBIT_DEVICE void product_run(const PackedProduct& a, const Work& work, const R
         const int piece = int(threadIdx.x) + i * product_threads;
         if (S::x_pieces % product_threads != 0 && piece >= S::x_pieces) continue;
         const int row = piece / (S::row_bytes / 16), byte = piece % (S::row_bytes / 16) * 16;
-        store(reinterpret_cast<uint32_t*>(x_stage(slab) + row * S::pitch + byte), x_next[i]);
+        *reinterpret_cast<Words*>(x_stage(slab) + row * S::pitch + byte) = x_next[i];
       }
 #pragma unroll
       for (int i = 0; i < S::w_loads; ++i) w[i] = w_next[i];
