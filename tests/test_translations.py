@@ -19,7 +19,7 @@ TRANSLATED = {
     "Two commands": "d0d71c6bc1f9a5c0",
     "Ten lines": "998bb77358af64f7",
     "Methods": "29faf840e332b0e7",
-    "Results": "81a76af59307db81",
+    "Results": "37a59faf36453f9d",
     "Models bigger than memory, and runs that stop": "41505291e0ab4b69",
     "How it is made": "99b54d5e37c62018",
     "Limits, said plainly": "45b835b997b9889e",
