@@ -122,7 +122,8 @@ void grids() {
   check("quantize", [&] {
     Data<uint8_t> q(N * K), z(N * groups);
     Data<float> s(N * groups);
-    run(Quantize{w.data(), q.data(), s.data(), z.data(), DType::f32, N, K, group, groups, grid});
+    run(Quantize{w.data(), q.data(), s.data(), z.data(), DType::f32, N, K, group, groups, grid,
+                 false});
     Data<float> back(N * K);
     run(Dequantize{q.data(), s.data(), z.data(), back.data(), DType::f32, N, K, group, groups,
                    false});
@@ -179,9 +180,11 @@ void rotations() {
   const Data<uint8_t> patterns = codes(m * 3, 16);
   for (const bool tabulated : {false, true})
     check("hadamard", [&] {
+      const HadamardBase factor{m, false, tabulated ? patterns.data() : nullptr,
+                                tabulated ? nullptr : base.data()};
       Data<float> y(M * width);
-      run(Hadamard{x.data(), signs.data(), tabulated ? patterns.data() : nullptr,
-                   tabulated ? nullptr : base.data(), y.data(), DType::f32, M, m, 5, 0.125f});
+      run(Hadamard{x.data(), signs.data(), &factor, 1, y.data(), DType::f32, M, width, 5, 0.125f,
+                   false});
       return bytes(y);
     });
 }
@@ -284,11 +287,12 @@ void products() {
     for (int64_t k = 0; k < K; ++k)
       if (flag[size_t(k)]) {
         const int64_t g = k / group, unit = g * w.layout.group_units() + k % group / 4;
-        outlier.push_back({k, g, unit * panel_rows, nullptr});
+        outlier.push_back({k, g, unit * panel_rows, int(8 * (k % group % 4)), nullptr});
       }
     const int64_t count = int64_t(outlier.size());
     Data<float> columns(M * count), part(M * w.layout.panels() * panel_rows);
     run(OutlierGather{x.data(), outlier.data(), columns.data(), DType::f32, M, K, count});
+    const PackedLayout& l = w.layout;
     const OutlierProduct product{columns.data(),
                                  outlier.data(),
                                  w.packed.data(),
@@ -297,8 +301,12 @@ void products() {
                                  part.data(),
                                  DType::f32,
                                  M,
+                                 0,
+                                 M,
                                  count,
-                                 w.layout};
+                                 l,
+                                 l.groups(),
+                                 l.panel_words()};
     const std::string out = integer_product(w, x, M, true, &product);
     return bytes(flag, columns, part) + out;
   });
