@@ -190,7 +190,7 @@ class _Twin:
         for index in range(len(self.r2)):
             base, r2 = f"{family.layers}.{index}.", self.r2[index].value
             norms += [base + norm for norm in norm_readers(family)]
-            for path in {r for reads in norm_readers(family).values() for r in reads}:
+            for path in dict.fromkeys(r for reads in norm_readers(family).values() for r in reads):
                 new[f"{base}{path}.weight"] = of[f"{base}{path}.weight"] @ r1
             for sub in family.sublayers:
                 writer = f"{base}{sub.writes}"
