@@ -7,7 +7,16 @@
 // so each column is rounded to the point of its grid that is nearest to t_k. This is the update of
 // E. Frantar et al., GPTQ, 2022, eq. 2-3 (there with U = V^-1, the Cholesky factor of H^-1), in the
 // form of LDLQ (J. Chee et al., QuIP, 2023, eq. 3), which needs no inverse of H or V. Backwards it
-// is Babai's nearest plane algorithm (J. Chen et al., 2025).
+// is Babai's nearest plane algorithm (J. Chen et al., 2025): where no t_k leaves its grid, each
+// term is at most (V_kk s / 2)^2.
+//
+// What successors change lies in the arguments. Any order of the columns may be solved: by falling
+// H_kk (act-order; on grids fitted beforehand, so that groups stay in place), or so between groups
+// and inside each. And w may be another weight than the layer's: with D = (X_float - X)^T X in
+// solving order, X the inputs from the layers already quantised,
+//   w (I + striu(D V^-T) V^-1)    GPTAQ (Y. Li et al., 2025, eq. 15)
+//   w + w D H^-1                  Qronos (S. Zhang et al., 2025, prop. 3.1)
+// are what to round for the float model's output X_float w^T.
 //
 // Columns are solved in blocks; the targets behind a block are updated once per block. Every t_k is
 // one chain of fused multiply-adds over j in solving order, so neither block, threads nor
@@ -50,8 +59,8 @@ struct Gptq {
   GroupFit fit;
   Grid grid;
 
-  static constexpr int64_t panel = 16;        // rows side by side in SIMD lanes
-  static constexpr int64_t task_panels = 16;  // rows of one task: their block stays in L2
+  static constexpr int64_t panel = 16;       // rows side by side in SIMD lanes
+  static constexpr int64_t task_panels = 8;  // rows of one task: their block stays in L2
   static constexpr int64_t max_block = 256;
   static constexpr int64_t padding = 16;  // columns that an update may touch behind the last
   FEWBIT_ALWAYS_INLINE int64_t work_columns() const { return columns + padding; }
