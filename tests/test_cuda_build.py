@@ -199,11 +199,11 @@ READ_WIDE = (
     "product_bfloat", "gemv", "product_codes", "product_half", "pseudo_quantize", "quantize",
     "quantize_per_token", "scaled_error",
 )  # fmt: skip
-PRODUCT_REGISTERS = 224  # two blocks of four warps fit a multiprocessor
 
 
 def compile_for(architecture, source, folder):
-    """The cubin, and the registers of its kernels."""
+    """The cubin. Without spills a kernel has at most 255 registers a thread, and two blocks of four
+    warps, as products start, have their 65536 on a multiprocessor."""
     cubin = folder / f"{source.stem}.{architecture}.cubin"
     done = subprocess.run(
         [tool("nvcc"), *FLAGS, f"-gencode=arch=compute_{architecture},code=sm_{architecture}",
@@ -213,17 +213,13 @@ def compile_for(architecture, source, folder):
     assert done.returncode == 0, done.stderr[-3000:]
     for spills in re.findall(r"(\d+) bytes spill", done.stderr):
         assert spills == "0", done.stderr[-3000:]
-    return cubin, [int(n) for n in re.findall(r"Used (\d+) registers", done.stderr)]
+    return cubin
 
 
 def compile_all(architecture, folder):
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         made = list(pool.map(lambda s: compile_for(architecture, s, folder), SOURCES))
-    cubins = {s.stem: cubin for s, (cubin, _) in zip(SOURCES, made, strict=True)}
-    for source, (_, registers) in zip(SOURCES, made, strict=True):
-        if source.stem.startswith("product_"):
-            assert max(registers) <= PRODUCT_REGISTERS, (source.stem, registers)
-    return cubins
+    return {s.stem: cubin for s, cubin in zip(SOURCES, made, strict=True)}
 
 
 def instructions(cubin):

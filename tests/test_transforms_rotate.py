@@ -186,7 +186,7 @@ def test_refuses_projected_embeddings_and_post_norm():
     fields = dict(vocab_size=9, hidden_size=16, ffn_dim=8, num_hidden_layers=1,
                   num_attention_heads=2, max_position_embeddings=8)
     config = transformers.OPTConfig(**fields, word_embed_proj_dim=8)
-    with pytest.raises(UnsupportedError, match="8 wide and the residual stream 16"):
+    with pytest.raises(UnsupportedError, match="projections stand between its residual stream"):
         apply(transformers.OPTForCausalLM(config), Rotate())
     config = transformers.OPTConfig(**fields, word_embed_proj_dim=16, do_layer_norm_before=False)
     with pytest.raises(UnsupportedError, match="norms follow the residual sum"):

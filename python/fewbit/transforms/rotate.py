@@ -256,12 +256,6 @@ def check_rotatable(model: nn.Module, family: Family, rotate: Rotate) -> None:
         raise AlreadyQuantizedError(
             f"this model is rotated already ({model.config.fewbit_rotation}); rotate the original"
         )
-    width, stream = model.get_submodule(family.embed).weight.shape[1], model.config.hidden_size
-    if width != stream:
-        raise RotationLimitError(
-            f"{type(model).__name__} cannot be rotated: its embedding is {width} wide and the "
-            f"residual stream {stream}, with a projection between them that no norm follows"
-        )
     if rotate.r3 and family.rope:
         require_interface(model, "r3")
     elif rotate.r3:
