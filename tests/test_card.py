@@ -1,5 +1,7 @@
 """The model card: what it says is what the directory holds."""
 
+import json
+
 import pytest
 from shared_models import quantized
 
@@ -7,6 +9,8 @@ import fewbit
 from fewbit import card
 from fewbit.checkpoint import load_float, save
 from fewbit.cli import main
+from fewbit.conversion import convert
+from fewbit.errors import DamagedFileError
 from fewbit.recipe_file import RECIPE
 from fewbit.report import REPORT, Report
 
@@ -64,3 +68,66 @@ def test_a_report_lies_beside_its_model_and_goes_with_it(shared, tmp_path):
     (tmp_path / RECIPE).write_text("")
     save(model, tmp_path)
     assert not {p.name for p in tmp_path.iterdir()} & {REPORT, "fewbit_report.html", RECIPE}
+
+
+def test_a_conversion_takes_report_and_figures_along(shared, tmp_path, capsys):
+    source = str(shared / "models" / "llama-tiny")
+    text = str(shared / "data" / "tinyshakespeare.txt")
+    a, b, c, d = (str(tmp_path / name) for name in "abcd")
+    scheme = ["--scheme", "w4a16g128sym", "--samples", "2", "--window", "64"]
+    calibration = ["--method", "awq", "--set", "clip=false", "--calibration", text]
+    assert main(["quantize", source, "-o", a, *scheme, *calibration, "--quiet"]) == 0
+    evaluate = ["--text", text, "--window", "64", "--limit", "2", "--save", "--quiet"]
+    assert main(["eval", a, *evaluate]) == 0
+    assert main(["convert", a, b, "--to", "gptq", "--quiet"]) == 0
+    assert main(["convert", b, c, "--to", "compressed-tensors", "--quiet"]) == 0
+    first, last = Report.load(tmp_path / "a" / REPORT), Report.load(tmp_path / "c" / REPORT)
+    assert last.converted == ["compressed-tensors", "gptq"]
+    assert [e.pop("format") for e in last.evaluations] == ["compressed-tensors"]
+    assert {**last.to_dict(), "converted": []} == first.to_dict()
+
+    assert main(["eval", c, *evaluate]) == 0
+    cards = {name: (tmp_path / name / "README.md").read_text() for name in "abc"}
+    assert "stored as gptq, converted from compressed-tensors." in cards["b"]
+    assert "stored as compressed-tensors, converted from compressed-tensors, gptq." in cards["c"]
+    value = f"| {first.evaluations[0]['perplexity']['value']:.4f} (2 windows"
+    for kept in (f"SHA-256 `{first.calibration['sha256']}`", value, '"name": "awq"'):
+        assert all(kept in text for text in cards.values())
+    assert "perplexity, tinyshakespeare.txt, as compressed-tensors |" in cards["c"]
+    assert "perplexity, tinyshakespeare.txt |" in cards["c"]  # measured again
+    capsys.readouterr()
+    assert main(["report", c]) == 0
+    assert "converted from compressed-tensors, gptq" in capsys.readouterr().out
+    page = (tmp_path / "c" / "fewbit_report.html").read_text()
+    assert "converted from compressed-tensors, gptq" in page and "measured in format" in page
+
+    pytest.importorskip("gguf")
+    assert main(["convert", a, d, "--to", "gguf", "--quiet"]) == 0
+    text = (tmp_path / "d" / "README.md").read_text()
+    assert front_matter(text)["library_name"] == "gguf" and "fewbit.load" not in text
+    assert "| llama.cpp | yes | `llama-server -m DIR/model.gguf` |" in text and value in text
+    assert main(["report", d, "--quiet"]) == 0
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"recipe": {}},
+        {"recipe": "awq"},
+        {"source": 3},
+        {"linears": [{"name": "a"}]},
+        {"evaluations": [7]},
+        {"evaluations": [{"text": "a", "perplexity": {}}]},
+        {"calibration": {"tokens": "many", "source": "", "sha256": ""}},
+        {"unknown": 1},
+    ],
+    ids=str,
+)
+def test_a_damaged_report_is_refused_before_the_conversion(shared, tmp_path, change):
+    model = load_float(shared / "models" / "llama-tiny")
+    report = fewbit.quantize_(model, "rtn", "w4a16g128sym", progress=False)
+    save(model, tmp_path / "a", report=report)
+    (tmp_path / "a" / REPORT).write_text(json.dumps({**report.to_dict(), **change}))
+    with pytest.raises(DamagedFileError, match="is not a report of fewbit"):
+        convert(tmp_path / "a", tmp_path / "b", "awq")
+    assert not (tmp_path / "b").exists()

@@ -22,9 +22,16 @@ COMMANDS = {  # how each engine is started on a directory
     "transformers": 'AutoModelForCausalLM.from_pretrained("DIR")',
     "llama.cpp": "llama-server -m DIR/model.gguf",
 }
+LOAD = """\
+```python
+import fewbit
+model = fewbit.load("DIR")
+```
+
+"""
 CARD = Template("""\
 ---
-${front}library_name: transformers
+${front}library_name: $library
 pipeline_tag: text-generation
 tags: [fewbit, quantized]
 ---
@@ -35,12 +42,7 @@ $facts
 
 ## How to load
 
-```python
-import fewbit
-model = fewbit.load("DIR")
-```
-
-| engine | loads | how |
+$load| engine | loads | how |
 |---|---|---|
 $engines
 $details""")
@@ -51,10 +53,16 @@ def write(path: str | Path, report: Report | None = None, source: str = "") -> N
 
     ``source``: name or path of the float model; a name as the hub has them becomes base_model.
     """
-    target = Path(path) / "README.md"
-    if target.exists() and MARK not in target.read_text(encoding="utf-8", errors="replace"):
-        return
-    durable.write(target, text(path, report, source).encode())
+    config = Shards(path).config
+    stored = config["quantization_config"]["quant_method"]
+    _write(path, config.get("model_type", "model"), stored, verdicts(path), report, source)
+
+
+def write_gguf(
+    path: str | Path, kind: str, found: list[Verdict], report: Report | None, source: str
+) -> None:
+    """The same beside a GGUF file, of a model of this ``kind``."""
+    _write(path, kind, "gguf", found, report, source)
 
 
 def clear(path: str | Path, files: list[str]) -> None:
@@ -63,25 +71,33 @@ def clear(path: str | Path, files: list[str]) -> None:
         (Path(path) / name).unlink(missing_ok=True)
 
 
-def text(path: str | Path, report: Report | None = None, source: str = "") -> str:
-    """The card."""
-    config = Shards(path).config
-    section = config["quantization_config"]
+def _write(
+    path: str | Path, kind: str, stored: str, found: list[Verdict], report: Report | None,
+    source: str,
+) -> None:
+    target = Path(path) / "README.md"
+    if target.exists() and MARK not in target.read_text(encoding="utf-8", errors="replace"):
+        return
     source = source or (report.source if report else "")
-    name = Path(source).name or config.get("model_type", "model")
-    method = report.recipe["name"] if report else section["quant_method"]
+    method = report.recipe["name"] if report else stored
     hub = source.count("/") == 1 and not Path(source).exists() and not source.startswith((".", "/"))
     front = f"base_model: {source}\nbase_model_relation: quantized\n" if hub else ""
-    facts = [f"Quantised after training with `{method}`, stored as {section['quant_method']}."]
-    if report:
-        facts += _facts(report)
-    return CARD.substitute(
-        front=front, mark=MARK, title=f"{name}, {method}", facts="\n".join(facts),
-        engines="\n".join(map(_engine, verdicts(path))), details=_details(report),
+    text = CARD.substitute(
+        front=front, mark=MARK, title=f"{Path(source).name or kind}, {method}",
+        facts=facts(report, stored), engines="\n".join(map(_engine, found)),
+        details=_details(report), load="" if stored == "gguf" else LOAD,
+        library="gguf" if stored == "gguf" else "transformers",
     )  # fmt: skip
+    durable.write(target, text.encode())
 
 
-def _facts(report: Report) -> list[str]:
+def facts(report: Report | None, stored: str = "") -> str:
+    """What was done, and the figures of the report."""
+    if report is None:
+        return f"Quantised after training with `{stored}`, stored as {stored}."
+    head = f"Quantised after training with `{report.recipe['name']}`, stored as {stored}"
+    if report.converted:
+        head += f", converted from {', '.join(report.converted)}"
     scheme = report.linears[0].scheme if report.linears else ""
     mean = sum(r.relative_error for r in report.linears) / max(len(report.linears), 1)
     rows = [
@@ -96,17 +112,22 @@ def _facts(report: Report) -> list[str]:
             f"{report.calibration['source']}, SHA-256 `{report.calibration['sha256']}`",
         ))  # fmt: skip
     for entry in report.evaluations:
+        of = f", as {entry['format']}" if "format" in entry else ""
         if "perplexity" in entry:
             p = entry["perplexity"]
             rows.append((
-                f"perplexity, {entry['text']}", f"{p['value']:.4f} ({p['windows']} windows of "
+                f"perplexity, {entry['text']}{of}", f"{p['value']:.4f} ({p['windows']} windows of "
                 f"{p['window']} tokens, stride {p['stride']}, no BOS)",
             ))  # fmt: skip
         if "against" in entry:
             a = entry["against"]
             agreement = f"KL {a['kl']:.2e} nats, top-1 agreement {100 * a['top1']:.2f} %"
-            rows.append((f"against the float model, {entry['text']}", agreement))
-    return ["", "| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows)]
+            rows.append((f"against the float model, {entry['text']}{of}", agreement))
+        for task, values in entry.get("tasks", {}).items():
+            shown = ", ".join(f"{key} {value:.4f}" for key, value in values.items())
+            rows.append((f"lm-eval {task}{of}", shown))
+    table = (f"| {key} | {value} |" for key, value in rows)
+    return "\n".join([f"{head}.", "", "| | |", "|---|---|", *table])
 
 
 def _engine(verdict: Verdict) -> str:

@@ -6,7 +6,6 @@ layouts are those of formats/.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -171,7 +170,7 @@ def _side_files(model: nn.Module, report: Report | None) -> dict[str, bytes]:
     if (generation := getattr(model, "generation_config", None)) is not None:
         files["generation_config.json"] = generation.to_json_string().encode()
     if report is not None:
-        files[REPORT] = (json.dumps(report.to_dict(), indent=1) + "\n").encode()
+        files[REPORT] = report.text().encode()
     return files
 
 

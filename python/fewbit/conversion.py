@@ -13,8 +13,15 @@ from typing import Any
 
 from . import formats
 from .engines import Facts, Verdict, validate
-from .errors import FormatLimitError, NotQuantizedError, OutputError, UnsupportedError
+from .errors import (
+    DamagedFileError,
+    FormatLimitError,
+    NotQuantizedError,
+    OutputError,
+    UnsupportedError,
+)
 from .formats import Format
+from .report import REPORT, Report
 from .scheme import Scheme
 from .shards import Shards, Writer, same_directory, shares_files, side_files
 from .stored import Stored, find
@@ -69,7 +76,7 @@ def convert(
 
     The codes, zero points and scales that are read back equal those of the source, or the
     conversion is refused and leaves nothing behind: UnsupportedError names the first Linear that
-    does not fit and why.
+    does not fit and why. A report beside the source goes along, its figures into the model card.
     CheckpointError: the source is damaged, or ``target`` is the source or shares files with it.
     ``to`` "gguf" writes one file for llama.cpp, whose asymmetric 4-bit blocks round the minimum of
     a group to float16: refused unless ``rounding`` allows it. ``progress`` is called with each
@@ -91,6 +98,7 @@ def convert(
     floats = [name for name in shards.by_file() if name not in taken]
     ignore = float_linears(shards, floats, stored)
     section = writer_format.config(schemes, ignore)
+    report = _report(shards, plan.format.name)
     notes = list(plan.notes)
     if getattr(plan.format, "threshold", 0) > getattr(writer_format, "threshold", 0):
         notes.append(f"{to} says nothing of outlier columns, which LLM.int8() keeps float")
@@ -106,11 +114,14 @@ def convert(
                 writer.add(repack(shards, module, writer_format, schemes[module_name]))
         config = {k: v for k, v in shards.config.items() if k != "quantization_config"}
         nbytes = writer.total
-        files = finish(writer, config, section, side_files(shards.path, SIDE_FILES, MAX_SIDE))
+        texts = side_files(shards.path, SIDE_FILES, MAX_SIDE)
+        if report is not None:
+            texts[REPORT] = report.text().encode()
+        files = finish(writer, config, section, texts)
     from . import card
 
     card.clear(target, files)
-    card.write(target, source=shards.path.name)
+    card.write(target, report, "" if report else shards.path.name)
     return Converted(
         plan.format.name, to, len(stored), nbytes, files, verdicts(target), notes
     )
@@ -123,12 +134,37 @@ def _to_gguf(source: str | Path, target: str | Path, rounding: bool) -> Converte
     shards = Shards(source)
     plan = formats.parse(shards.config.get("quantization_config"))
     stored = find(shards, plan)
+    report = _report(shards, plan.format.name)
     path = export(source, target, rounding)
     schemes = {name: module.scheme for name, module in stored.items()}
     shapes = {name: (m.out_features, m.in_features) for name, m in stored.items()}
     found = validate(Facts("gguf", schemes, shapes))
     size = path.stat().st_size
+    from . import card
+
+    if report is not None:
+        report.save(Path(target) / REPORT)
+    card.clear(target, [REPORT] if report else [])
+    kind = shards.config.get("model_type", "model")
+    card.write_gguf(target, kind, found, report, "" if report else shards.path.name)
     return Converted(plan.format.name, "gguf", len(stored), size, [path.name], found)
+
+
+def _report(shards: Shards, format: str) -> Report | None:
+    """The report beside the source, where there is one, for the same weights in another format."""
+    from . import card
+
+    found = side_files(shards.path, [REPORT], MAX_SIDE)
+    if not found:
+        return None
+    path = shards.path / REPORT
+    report = Report.parse(found[REPORT], path)
+    try:
+        report = report.converted_from(format)
+        card.facts(report)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:  # somebody else's file
+        raise DamagedFileError(f"{path} is not a report of fewbit: {error!r}") from error
+    return report
 
 
 def verdicts(path: str | Path) -> list[Verdict]:

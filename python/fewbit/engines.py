@@ -135,7 +135,7 @@ def _transformers(facts: Facts) -> Answer:
     if facts.format == "llm-int8":
         return None, "with bitsandbytes installed, or by fewbit.load"
     if facts.format == "gguf":
-        return None, "dequantised, with gguf_file="
+        return None, 'dequantised, with gguf_file="model.gguf"'
     return None, "with fewbit imported"
 
 

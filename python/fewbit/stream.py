@@ -146,7 +146,7 @@ def quantize_directory(
                     journal.entry(step)["seconds"] for step in range(journal.steps)
                 )
                 texts = {**side_files(shards.path, SIDE_FILES, MAX_SIDE), **(files or {})}
-                texts[REPORT] = (json.dumps(report.to_dict(), indent=1) + "\n").encode()
+                texts[REPORT] = report.text().encode()
                 section = writer_format.config(sink.schemes, sink.ignore)
                 config, texts = with_section(described(source.model, plan.dtype), section, texts)
                 journal.complete(config, texts)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 from .. import durable
 from ..errors import DamagedFileError
 
 REPORT = "fewbit_report.json"  # its name in a quantised directory
+KINDS = {"str": str, "float": (int, float), "dict": dict}  # of Report's fields; others are lists
 
 
 @dataclass
@@ -47,7 +48,8 @@ class Report:
     its probe input before and after the transforms (both certificate.py). ``tune``: what learning
     did after these figures (tune.py). ``source``: name or path of the float model. ``sweep``: the
     curve that an option was chosen from (sweep.py). ``evaluations``: what ``fewbit eval --save``
-    has added, with the protocol of each figure.
+    has added, with the protocol of each figure, and its format where the weights have been
+    converted since. ``converted``: the formats that the weights were in before, oldest first.
     """
 
     recipe: dict
@@ -63,6 +65,7 @@ class Report:
     outliers: list[dict] = field(default_factory=list)
     source: str = ""
     evaluations: list[dict] = field(default_factory=list)
+    converted: list[str] = field(default_factory=list)
 
     @property
     def bytes_before(self) -> int:
@@ -87,21 +90,40 @@ class Report:
     def to_dict(self) -> dict:
         return asdict(self)
 
+    def converted_from(self, format: str) -> Report:
+        """The report of the same weights after a conversion from ``format``."""
+        evaluations = [{"format": format, **entry} for entry in self.evaluations]
+        return replace(self, evaluations=evaluations, converted=[*self.converted, format])
+
+    def text(self) -> str:
+        """The report as JSON."""
+        return json.dumps(self.to_dict(), indent=1) + "\n"
+
     def save(self, path: str | Path) -> None:
         """Write the report as JSON."""
-        durable.write(Path(path), (json.dumps(self.to_dict(), indent=1) + "\n").encode())
+        durable.write(Path(path), self.text().encode())
 
     @classmethod
     def load(cls, path: str | Path) -> Report:
         """The report that ``save`` wrote; CheckpointError when the file is not one."""
         try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
-            linears = [LinearRecord(**record) for record in data.pop("linears")]
-            return cls(**data, linears=linears)
+            return cls.parse(Path(path).read_bytes(), path)
         except OSError as error:
             raise DamagedFileError(f"{path} cannot be read: {error.strerror}") from error
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+
+    @classmethod
+    def parse(cls, text: bytes, path: str | Path = REPORT) -> Report:
+        """The report in the content of the file ``path``; CheckpointError when it holds none."""
+        try:
+            data = json.loads(text)
+            linears = [LinearRecord(**record) for record in data.pop("linears")]
+            report = cls(**data, linears=linears)
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise DamagedFileError(f"{path} is not a report of fewbit: {error!r}") from error
+        for f in fields(cls):
+            if not isinstance(getattr(report, f.name), KINDS.get(f.type, list)):
+                raise DamagedFileError(f"{path} is not a report of fewbit: {f.name} is no {f.type}")
+        return report
 
     def save_html(self, path: str | Path) -> None:
         """Write the report as one HTML file that needs no network; plots need matplotlib."""
@@ -158,6 +180,8 @@ class Report:
                 f"{', '.join(map(str, self.sweep['values']))}: held-out perplexity {least:.4g}, "
                 f"float {self.sweep['float']:.4g}"
             )
+        if self.converted:
+            lines.append(f"  converted from {', '.join(self.converted)}")
         lines.append(f"  time      {self.seconds:.1f} s")
         return "\n".join(lines)
 

@@ -29,6 +29,8 @@ def page(report: Report) -> str:
         f"calibrated on {calibration['tokens']:,} tokens of {calibration['source']}"
         if calibration else "without calibration"
     )  # fmt: skip
+    if report.converted:
+        source += f", converted from {', '.join(report.converted)}"
     sections = (_evaluations, _plots, _fallbacks, _linears, _certificates, _settings)
     return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
         title=escape(f"{name}: {report.model}"),
@@ -51,13 +53,15 @@ def _tiles(report: Report) -> dict[str, str]:
 
 def _evaluations(report: Report) -> str:
     rows = [
-        (entry.get("text") or "", what, *_result(what, values))
+        (entry.get("text") or "", what, *_result(what, values), entry.get("format", ""))
         for entry in report.evaluations
-        for what, values in entry.items() if what != "text"
+        for what, values in entry.items() if what not in ("text", "format")
     ]  # fmt: skip
     if not rows:
         return ""
-    return _section("Evaluation", _table(("text", "what", "result", "protocol"), rows, ()))
+    head = ("text", "what", "result", "protocol", "measured in format")
+    columns = len(head) if report.converted else 4
+    return _section("Evaluation", _table(head[:columns], [row[:columns] for row in rows], ()))
 
 
 def _result(what: str, values: dict) -> tuple[str, str]:
