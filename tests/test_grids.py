@@ -8,8 +8,9 @@ from fewbit.calibrate import Windows
 from fewbit.families import describe
 from fewbit.online import ActivationQuant, OnlineHadamard
 from fewbit.scheme import Scheme
-from fewbit.transforms.grids import CLIPS, fit_grid, sample_rows
+from fewbit.transforms.grids import CLIPS, fit_grid
 from fewbit.transforms.rotate import Rotate
+from fewbit.transforms.rows import input_rows
 from tiny import probe, tiny
 
 WINDOWS = Windows([probe(1, 24, seed=s) for s in range(4)])
@@ -33,14 +34,14 @@ def test_fit_grid_is_the_best_of_all(per):
 
 
 def test_rows_are_taken_at_even_distances():
-    model, family = tiny("llama-gqa"), describe(tiny("llama-gqa"))
-    seen = []
-    model.model.layers[1].mlp.down_proj.register_forward_pre_hook(lambda m, a: seen.append(a[0][0]))
-    rows = sample_rows(model, family, ["mlp.down_proj"], WINDOWS.batches, rows=32)
-    assert len(rows) == 2
+    model, seen = tiny("llama-gqa"), []
+    linears = {i: layer.mlp.down_proj for i, layer in enumerate(model.model.layers)}
+    linears[1].register_forward_pre_hook(lambda m, a: seen.append(a[0][0]))
+    rows = input_rows(model, linears, WINDOWS.batches, rows=32)
+    assert list(rows) == [0, 1]
     want = torch.cat([x[::3] for x in seen])  # 96 tokens, 32 of them
-    assert torch.equal(rows[1]["mlp.down_proj"], want)
-    assert model.model.layers[0].mlp.down_proj._forward_pre_hooks == {}
+    assert torch.equal(rows[1], want)
+    assert linears[0]._forward_pre_hooks == {}
 
 
 @pytest.mark.parametrize("sparse", [True, False])

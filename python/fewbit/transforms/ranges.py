@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..families import Family, decoder_layers
 from ..reproducible import total
 from .fold import norm_readers
+from .rows import input_rows
 from .stiefel import Stiefel
 
 POWER = 8  # of the norm: flat enough to see all large channels, steep enough to follow the largest
@@ -32,39 +33,22 @@ def sample_inputs(
 
     ``model`` is folded, float and not rotated; every layer gives the same number of tokens.
     """
-    hidden, values, hooks = {}, {}, []
-    layers = decoder_layers(model, family)
-    groups = norm_readers(family)
-    every = max(1, sum(b.numel() for b in batches) * len(layers) * len(groups) // ROWS)
-
-    def keep(store: dict, key: tuple[int, str]) -> Callable:
-        def hook(module: nn.Module, args: tuple) -> None:
-            x = args[0].detach()
-            store.setdefault(key, []).append(x.reshape(-1, x.shape[-1])[::every])
-
-        return hook
-
-    energy = {}
+    layers, groups = decoder_layers(model, family), norm_readers(family)
+    readers, writers, energy = {}, {}, {}
     for index, layer in enumerate(layers):
         for norm, reads in groups.items():
-            readers = [layer.get_submodule(path) for path in reads]
-            energy[index, norm] = sum(total(r.weight.square()) for r in readers)
-            hook = keep(hidden, (index, norm))
+            linears = [layer.get_submodule(path) for path in reads]
+            energy[index, norm] = sum(total(r.weight.square()) for r in linears)
             # Experts see only their own tokens; the router, and any dense reader, sees all.
-            hooks.append(readers[-1].register_forward_pre_hook(hook))
+            readers[index, norm] = linears[-1]
         for sub in family.sublayers:
             if sub.heads:
-                writer = layer.get_submodule(sub.writes)
-                hooks.append(writer.register_forward_pre_hook(keep(values, (index, sub.writes))))
-    try:
-        for ids in batches:
-            model(input_ids=ids, use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
+                writers[index, sub.writes] = layer.get_submodule(sub.writes)
+    rows = max(1, ROWS // len(readers))
+    found = input_rows(model, readers | writers, batches, rows)
     mean = sum(energy.values()) / len(energy)
-    rows = [torch.cat(x) * (energy[key] / mean) ** 0.5 for key, x in hidden.items()]
-    return torch.cat(rows), [torch.cat(x) for x in values.values()]
+    hidden = [found[key] * (energy[key] / mean) ** 0.5 for key in readers]
+    return torch.cat(hidden), [found[key] for key in writers]
 
 
 def spread(y: Tensor) -> Tensor:

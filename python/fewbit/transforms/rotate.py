@@ -26,9 +26,11 @@ from ..scheme import Scheme
 from . import LayerContext, Transform
 from .edges import inner_channels
 from .fold import FoldNorm, RMSNorm, float64, linear_at, norm_readers, untie_head
-from .grids import fit_grid, sample_rows
+from .grids import fit_grid
+from .rows import input_rows
 
 MARK = "fewbit_rotation"  # in the model's config, so that a saved model still carries it
+ROWS = 512  # of a writer's inputs, that r4 "fit" decides on
 ACTIVATION_FIELDS = ("hidden_act", "hidden_activation", "activation_function", "activation")
 
 Kind = str | Tensor | None
@@ -75,18 +77,22 @@ class Rotate(Transform):
         if self.r4 != "fit":
             return
         self._rotated.clear()
-        writers = [s.writes for s in family.sublayers if not s.heads]
-        for index, inputs in enumerate(sample_rows(model, family, writers, batches)):
-            for path, x in inputs.items():
-                weight = linear_at(decoder_layers(model, family)[index], path).weight
-                turn, per = self._r4(weight.shape[1], index), scheme.activations
-                turned = turn.right(x).float(), turn.right(weight).float()
-                errors = [
-                    fit_grid(rows, [w], scheme.activation_bits, per).error
-                    for rows, w in ((x, weight), turned)
-                ]
-                if errors[1] < errors[0]:
-                    self._rotated.add(f"{index}.{path}")
+        layers = decoder_layers(model, family)
+        writers = {
+            (index, sub.writes): layer.get_submodule(sub.writes)
+            for index, layer in enumerate(layers)
+            for sub in family.sublayers if not sub.heads
+        }
+        for (index, path), x in input_rows(model, writers, batches, ROWS).items():
+            weight = linear_at(layers[index], path).weight
+            turn, per = self._r4(weight.shape[1], index), scheme.activations
+            turned = turn.right(x).float(), turn.right(weight).float()
+            errors = [
+                fit_grid(rows, [w], scheme.activation_bits, per).error
+                for rows, w in ((x, weight), turned)
+            ]
+            if errors[1] < errors[0]:
+                self._rotated.add(f"{index}.{path}")
 
     def online_part(self) -> Rotate:
         """R3 and R4 alone, as they are here."""
