@@ -6,7 +6,7 @@ from . import Result
 from .quantize import run_arguments, settings
 
 USAGE = "MODEL_DIR [options of quantize]"
-EXAMPLE = "fewbit estimate MODEL_DIR --method gptq --calibration text.txt --memory 3GiB"
+EXAMPLE = "fewbit estimate MODEL_DIR --method gptq --calibration text.txt"
 
 
 def arguments(parser) -> None:

@@ -10,7 +10,7 @@ import torch
 
 from .. import recipe_file
 from ..errors import MissingCalibrationError, UsageError
-from ..recipe_file import RECIPE
+from ..recipe_file import DEFAULTS, RECIPE
 from . import Result
 
 USAGE = "MODEL_DIR -o OUT [options]"
@@ -27,21 +27,24 @@ def arguments(parser) -> None:
 
 def run_arguments(parser) -> None:
     """What a run depends on: the same options for ``estimate``."""
+    from ..formats import WRITERS
+    from ..recipes import METHODS
+
     # Without defaults: what is not said here may be said by the recipe file.
     add = parser.add_argument
     parser.argument_default = argparse.SUPPRESS
     add("model", metavar="MODEL_DIR", nargs="?", help="config.json and safetensors, float")
     add("--recipe", metavar="FILE", help=f"TOML, as {RECIPE} in OUT; flags override it")
-    add("--method", help="rtn, awq, gptq, ... or a stack as awq+gptq (awq)")
+    add("--method", metavar="M", help=f"{', '.join(METHODS)}, or a stack as awq+gptq (awq)")
     add("--set", action="append", metavar="NAME=VALUE", help="option of the method, repeatable")
-    add("--scheme", help="grid as text (w4a16g128); or the next three options")
+    add("--scheme", metavar="S", help="grid as text (w4a16g128); or the next three options")
     add("--bits", type=int, metavar="N", help="bits of a weight")
     add("--group-size", type=int, metavar="N", help="weights a scale, -1 for rows")
     add("--symmetric", action="store_true", help="fixed zero point")
     add("--calibration", metavar="FILE", help="UTF-8 text to calibrate on")
     add("--window", type=int, metavar="N", help="calibration tokens a window (512)")
     add("--samples", type=int, metavar="N", help="calibration windows (32)")
-    add("--format", help="layout on disk (compressed-tensors)")
+    add("--format", metavar="F", help=f"{', '.join(WRITERS)} ({DEFAULTS['format']})")
     add("--dtype", choices=DTYPES, metavar="TYPE", help=f"of what stays float: {', '.join(DTYPES)}")
     add("--memory", metavar="BYTES", default=None, help="limit of this process, e.g. 3GiB")
 
