@@ -211,6 +211,8 @@ SIZES = [
     (16, 130, 256, 128), (17, 48, 384, 128), (33, 300, 512, -1), (64, 64, 256, 64),
     (6, 20, 1024, -1), (2, 24, 50, 16),
 ]  # fmt: skip
+# Widths of transforms: butterflies alone, one base, Hartley's, two bases and none of them.
+HADAMARDS = [1, 2, 8, 16, 32, 48, 96, 640, 137, 56, 112, 2880, 4096, 172 * 64, 1584, 5184, 6720]
 ROUND = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 
 
@@ -271,14 +273,14 @@ def w4a4_linear(device: torch.device) -> Iterator[Answer]:
         packed = reference.pack(*codes, 4, group)
         x = torch.randn(m, k).to(DTYPES[i % 3])
         bias = torch.randn(n) if i % 2 else None
-        given = [(x, None)]
+        given = [(x, None, None), (x, None, 0.9)]
         if k % 8 == 0:
-            q, s, _ = reference.quantize_per_token(x, True, None, None, bits=4)
-            given.append((reference.words_of_fours(q), s))
-        for x, scale in given:
-            want = reference.w4a4_linear(x, *packed, bias, n, group, scale)
+            q, s, _ = reference.quantize_per_token(x, True, None, None, bits=4, clip=0.9)
+            given.append((reference.words_of_fours(q), s, None))
+        for x, scale, clip in given:
+            want = reference.w4a4_linear(x, *packed, bias, n, group, scale, clip)
             moved = [t if t is None else t.to(device) for t in (*packed, bias, scale)]
-            got = ops.w4a4_linear(x.to(device), *moved[:4], n, group, moved[4])
+            got = ops.w4a4_linear(x.to(device), *moved[:4], n, group, moved[4], clip)
             groups = 1 if group == -1 else -(-k // group)
             rounding = ROUND[x.dtype] if x.is_floating_point() else 0.0
             bound = 2 * rounding * want.double().abs() + (groups + 3) * 2.0**-24 * k * 4 + 2.0**-25
@@ -337,8 +339,8 @@ def gptq(device: torch.device) -> Iterator[Answer]:
 
 @sweep
 def hadamard(device: torch.device) -> Iterator[Answer]:
-    """Against float64: at most one rounding per butterfly and per addition of the base."""
-    for i, n in enumerate([1, 2, 8, 16, 32, 48, 96, 640, 137, 56, 112, 2880, 4096, 172 * 64]):
+    """Against float64: at most one rounding per butterfly and per addition of the bases."""
+    for i, n in enumerate(HADAMARDS):
         p = plan(n)
         bases = p.bases() if p.m > 1 else []
         signs = (torch.randint(0, 2, (n,)) * 2 - 1).to(torch.int8) if i % 2 else None
@@ -354,7 +356,7 @@ def hadamard(device: torch.device) -> Iterator[Answer]:
 @sweep
 def hadamard_quantize(device: torch.device) -> Iterator[Answer]:
     """Sums run in another order than torch's: compared as numbers, within one step."""
-    for i, n in enumerate([8, 16, 32, 48, 96, 640, 137, 56, 2880, 4096, 172 * 64]):
+    for i, n in enumerate(HADAMARDS):
         p = plan(n)
         bases = p.bases() if p.m > 1 else []
         signs = (torch.randint(0, 2, (n,)) * 2 - 1).to(torch.int8) if i % 2 else None
@@ -364,12 +366,13 @@ def hadamard_quantize(device: torch.device) -> Iterator[Answer]:
             x[2, n // 2] = float("inf")
         moved = [base.to(device) for base in bases], None if signs is None else signs.to(device)
         for bits in (8, 4) if n % 8 == 0 else (8,):
-            got = ops.hadamard_quantize(x.to(device), *moved, bits)
-            want = reference.hadamard_quantize(x, bases, signs, bits)
+            clip = (None, 1.0, 0.9)[(i + bits // 8) % 3]
+            got = ops.hadamard_quantize(x.to(device), *moved, bits, clip)
+            want = reference.hadamard_quantize(x, bases, signs, bits, clip)
             relative = (p.k + p.m + 4) * 2.0**-23
             step = want[1].double().nan_to_num(1.0)
             size = x.double().nan_to_num(0.0, 0.0).norm(dim=1)
-            what = f"{n} = {p.m} x 2^{p.k} {x.dtype} {bits} bits"
+            what = f"{n} = {p.m} x 2^{p.k} {x.dtype} {bits} bits, clip {clip}"
             yield f"{what} scale", got[1], want[1], relative * size + 1e-30
             back = []
             for q, s in (got, want):

@@ -222,7 +222,7 @@ void tokens() {
       Data<float> s(M);
       Data<int32_t> z(M);
       run(QuantizePerToken{x.data(), nullptr, nullptr, nullptr, q.data(), s.data(), z.data(),
-                           DType::f32, symmetric, M, K});
+                           DType::f32, {symmetric}, M, K});
       return bytes(q, s, z);
     });
     check("norm_quantize", [&] {

@@ -1,6 +1,8 @@
 """The CUDA kernels on the emulator: every sweep of gpu_check, as both kinds of card, threads in
 either order. Needs a build with -DFEWBIT_CUDA=EMULATE (scripts/test.sh makes one)."""
 
+import copy
+
 import pytest
 import torch
 
@@ -8,6 +10,12 @@ import cuda_sweep
 import gpu_check
 import gpu_times
 from fewbit import _C, ops
+from fewbit.hadamard import plan
+from fewbit.linear import PackedLinear
+from fewbit.online import ActivationQuant, OnlineHadamard, attach
+from fewbit.orthogonal import Rotation
+from fewbit.pseudo import activation_module
+from fewbit.scheme import Scheme
 
 CPU = torch.device("cpu")
 emulated = pytest.mark.skipif(
@@ -50,6 +58,38 @@ def test_unverified_kernels_stay_off(emulate):
     emulate(80)
     ops.pseudo_quantize(w, 4, 32)
     assert _C.emulated_launches() == before + 1
+
+
+@emulated
+@pytest.mark.parametrize("width", [768, 10368])
+@pytest.mark.parametrize("architecture", [75, 80, 90])
+def test_four_bit_models_run_the_four_bit_kernels(emulate, architecture, width):
+    """Where the scheme allows: per token, with and without a transform, of two bases too."""
+    linear = torch.nn.Linear(width, 24).requires_grad_(False)
+    plain = PackedLinear.from_linear(linear, "w4a16")
+    grid, transform = ActivationQuant(4, clip=0.9), Rotation(width, plan(width))
+    clipped, rotated = copy.deepcopy(plain), copy.deepcopy(plain)
+    attach(clipped, "online_quant", grid)
+    attach(rotated, "online_quant", grid)
+    attach(rotated, "online_hadamard", OnlineHadamard(transform))
+    fours = Scheme.parse(plain.scheme, activation_bits=4)
+    int4 = activation_module(plain.codes(), fours, linear.bias)
+    x = torch.randn(3, width)
+    for module in (int4, clipped, rotated):
+        emulate(0)
+        want = module(x)
+        emulate(architecture)
+        before = _C.emulated_launches()
+        got = module(x)
+        # Codes and product; from 90 on words become int8 first.
+        assert 2 <= _C.emulated_launches() - before <= 3 + (architecture == 90)
+        # The order of the transform's sums may move single codes by one.
+        step = 2 * float(module.weight.abs().max()) * float(x.norm(dim=1).max()) / 7
+        assert float((got - want).abs().max()) <= (step if module is rotated else 1e-4)
+        _C.allow_unverified(False)
+        before = _C.emulated_launches()
+        assert torch.allclose(module(x), want, atol=step) and _C.emulated_launches() == before
+        _C.allow_unverified(True)
 
 
 @emulated

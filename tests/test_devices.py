@@ -36,7 +36,7 @@ def arguments():
         "gptq": (w, c, 4, 32, False, "float32", "in_order", 4, h.diagonal(), None, None, None, 128),
         "coordinate_descent": (w, h, *codes, 4, 32, 1),
         "hadamard": (x, [base], signs),
-        "hadamard_quantize": (x, [base], signs, 4),
+        "hadamard_quantize": (x, [base], signs, 4, 0.9),
         "pack": (*codes, 4, 32),
         "unpack": (*packed, 20, 64, 4, 32),
         "pack_fields": (codes[0], 4, False),
@@ -44,7 +44,7 @@ def arguments():
         "quantize_per_token": (x, False, None, None),
         "norm_quantize": (x, torch.ones(64), torch.ones(64), 1e-5, False, True),
         "w4a16_linear": (x, *packed, torch.zeros(20), 20, 4, 32),
-        "w4a4_linear": (x, *packed, torch.zeros(20), 20, 32, None),
+        "w4a4_linear": (x, *packed, torch.zeros(20), 20, 32, None, None),
         "w8a8_linear": (x, *packed8, None, 20, 8, 32, False, None, None, sums),
         "int8_mixed_linear": (x, *packed8, None, 20, 32, 1.5, None, columns, torch.randn(2, 20)),
     }

@@ -54,14 +54,15 @@ def test_same_bits_on_every_isa_and_number_of_threads(n):
     assert all(torch.equal(results[0], r) for r in results[1:])
 
 
+@pytest.mark.parametrize("clip", [None, 1.0, 0.9])
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("n", [8, 96, 640, 2880, 4096])
-def test_codes_are_those_of_the_float32_result(isa, n, bits):
+def test_codes_are_those_of_the_float32_result(isa, n, bits, clip):
     x, base, signs = torch.randn(5, n).half(), base_of(n), signs_of(n)
     x[3] = 0.0
-    q, s = ops.hadamard_quantize(x, base, signs, bits)
+    q, s = ops.hadamard_quantize(x, base, signs, bits, clip)
     want = reference.quantize_per_token(
-        ops.hadamard(x.float(), base, signs), True, None, None, bits=bits
+        ops.hadamard(x.float(), base, signs), True, None, None, bits=bits, clip=clip
     )
     assert torch.equal(reference.fours_of_words(q) if bits == 4 else q, want[0])
     assert torch.equal(s, want[1])
@@ -69,13 +70,15 @@ def test_codes_are_those_of_the_float32_result(isa, n, bits):
 
 def test_codes_are_a_proper_torch_op():
     for bits in (8, 4):
-        arguments = torch.randn(3, 2880), base_of(2880), signs_of(2880), bits
+        arguments = torch.randn(3, 2880), base_of(2880), signs_of(2880), bits, 0.9
         torch.library.opcheck(torch.ops.fewbit.hadamard_quantize.default, arguments)
 
 
 def test_codes_say_what_is_wrong():
     with pytest.raises(ValueError, match="bits must be 4 or 8, got 5"):
         ops.hadamard_quantize(torch.randn(2, 8), bits=5)
+    with pytest.raises(ValueError, match="clip must be above 0 and at most 1, got 0"):
+        ops.hadamard_quantize(torch.randn(2, 8), bits=4, clip=0.0)
     with pytest.raises(ValueError, match="multiple of 8, got 4"):
         ops.hadamard_quantize(torch.randn(2, 4), bits=4)
 

@@ -1,14 +1,16 @@
 """Int8Linear and MixedInt8Linear in place of nn.Linear."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
 from fewbit.errors import UsageError
-from fewbit.linear import Int8Linear, MixedInt8Linear
+from fewbit.linear import Int4Linear, Int8Linear, MixedInt8Linear
 from fewbit.ops import code_sums, quantize, w8a8_linear
+from fewbit.pseudo import PseudoInt8Linear, activation_module, fake_quantize
 from fewbit.scheme import Codes, Scheme
 
 MODES = ["token", "asymmetric", "tensor", "static", "static asymmetric"]
@@ -52,12 +54,33 @@ def test_asymmetric_uses_the_weight_sums():
     assert torch.equal(packed(x), want)
 
 
+@pytest.mark.parametrize("scheme", ["w4a4", "w4a4g32"])
+def test_four_bits_meet_four_bits(scheme):
+    """What PseudoInt8Linear computes in float, to the rounding of its sums."""
+    scheme = Scheme.parse(scheme)
+    w, bias, x = torch.randn(24, 96), torch.randn(24), torch.randn(2, 5, 96)
+    codes = Codes(*quantize(w, 4, scheme.group_size, scheme.symmetric, scheme.scale_dtype))
+    packed, pseudo = activation_module(codes, scheme, bias), PseudoInt8Linear(codes, scheme, bias)
+    assert type(packed) is Int4Linear
+    on_grid = fake_quantize(x, 4, "token")
+    size = on_grid.abs() @ packed.weight.abs().T + bias.abs()
+    assert packed(x).shape == (2, 5, 24)
+    assert bool(((packed(x) - pseudo(x)).abs() <= 100 * 2**-24 * size).all())
+    assert type(activation_module(codes, replace(scheme, activations="tensor"), bias)) is (
+        PseudoInt8Linear
+    )
+
+
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", [*MODES, "four"])
 def test_compiles_as_one_graph(mode, dynamic):
     torch._dynamo.reset()  # the limit on recompilations counts all modules of a class
-    packed = module(mode, nn.Linear(64, 48))
+    if mode == "four":
+        codes = Codes(*quantize(torch.randn(48, 64), 4))
+        packed = activation_module(codes, Scheme.parse("w4a4"), None)
+    else:
+        packed = module(mode, nn.Linear(64, 48))
     compiled = torch.compile(packed, fullgraph=True, dynamic=dynamic, backend="aot_eager")
     for rows in (1, 3, 20):
         x = torch.randn(rows, 64)

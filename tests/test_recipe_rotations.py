@@ -12,10 +12,12 @@ from fewbit.calibrate import Windows
 from fewbit.checkpoint import load, save
 from fewbit.errors import CalibrationError, CheckpointError, UnsupportedError, UsageError
 from fewbit.families import describe
+from fewbit.hadamard import plan
 from fewbit.integrations import hf
 from fewbit.linear import PackedLinear
 from fewbit.linearise import linearise
-from fewbit.online import ActivationQuant, attach, clipped_grid, online_paths
+from fewbit.online import ActivationQuant, OnlineHadamard, attach, clipped_grid, online_paths
+from fewbit.orthogonal import Rotation
 from fewbit.pipeline import quantize_
 from fewbit.rotation import apply_
 from fewbit.runtime import settings
@@ -142,6 +144,35 @@ def test_quantised_activations_are_multiplied_in_integers(scheme, per, clip, dty
         y = packed(x.float().requires_grad_())
     error = (y.detach().double() - exact).abs().max() / exact.abs().max()
     assert y.requires_grad and float(error) < 1e-2
+
+
+@pytest.mark.parametrize("clip", [1.0, 0.9])
+@pytest.mark.parametrize("scheme", ["w4a4", "w4a8", "w8a4", "w4a4 per tensor", "w4a4 of 12"])
+def test_a_transform_before_the_grid_runs_with_it_or_apart(scheme, clip):
+    """One operator makes the codes where the grid is per token and 4-bit codes fill words."""
+    text, _, how = scheme.partition(" ")
+    scheme, n = Scheme.parse(text), 12 if how == "of 12" else 48
+    packed = PackedLinear.from_linear(
+        torch.nn.Linear(n, 24).requires_grad_(False), Scheme.parse(scheme, activation_bits=16)
+    )
+    signs = torch.randint(0, 2, (n,)) * 2 - 1
+    transform = OnlineHadamard(Rotation(n, plan(n), signs))
+    per = "tensor" if how == "per tensor" else "token"
+    quant = ActivationQuant(scheme.activation_bits, clip=clip, per=per)
+    attach(packed, "online_hadamard", transform)
+    attach(packed, "online_quant", quant)
+    x = torch.randn(2, 5, n)
+    x[0, 1] = 0
+    fused = packed.takes(x) == ("online_hadamard", "online_quant")
+    assert fused == (text != "w8a4" and not how)
+    q, s = quant.codes(transform(x).reshape(10, n))
+    exact = (q.double() * s[:, None].double()) @ packed.weight.double().T + packed.bias.double()
+    error = (packed(x).reshape(10, 24).double() - exact).abs().max() / exact.abs().max()
+    assert packed(x).shape == (2, 5, 24) and float(error) <= 4 * torch.finfo(torch.float32).eps
+    assert packed(x.bfloat16()).dtype == torch.bfloat16
+    x[1, 2, 3] = float("inf")  # not hidden by codes
+    seen = ~packed(x).isfinite().all(2)
+    assert bool(seen[1, 2]) and int(seen.sum()) == (1 if per == "token" else 10)
 
 
 def test_a_value_that_is_not_finite_is_not_hidden_by_codes():

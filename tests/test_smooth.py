@@ -76,7 +76,7 @@ def test_smoothing_lowers_the_peak_and_runs(twin, alpha):
         for record in report.transforms:
             errors = dict(zip(record["alphas"], record["errors"], strict=True))
             assert errors[record["alpha"]] == min(errors.values()) <= errors[None]
-    assert {r.info["module"] for r in report.linears} <= {"PseudoInt8Linear", "Int8Linear"}
+    assert {r.info["module"] for r in report.linears} == {"Int8Linear"}
 
 
 @pytest.mark.parametrize("scheme", ["w8a8", "w4a8", "w4a8g16", "w4a4"])
@@ -86,7 +86,7 @@ def test_levels(level, mode, scheme):
     report = quantize_(model, "smoothquant", scheme, DATA, progress=False, level=level)
     packed = [m for m in model.modules() if isinstance(m, PackedLinear)]
     assert len(packed) == 14 and {m.scheme.activations for m in packed} == {mode}
-    assert all((m.x_scale is not None) == (level == "O3") for m in packed)
+    assert all((getattr(m, "x_scale", None) is not None) == (level == "O3") for m in packed)
     assert report.recipe["scheme"]["activations"] == mode
     assert bool(model(input_ids=probe()).logits.isfinite().all())
 

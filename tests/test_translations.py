@@ -22,7 +22,7 @@ TRANSLATED = {
     "Results": "37a59faf36453f9d",
     "Models bigger than memory, and runs that stop": "41505291e0ab4b69",
     "How it is made": "99b54d5e37c62018",
-    "Limits, said plainly": "45b835b997b9889e",
+    "Limits, said plainly": "59ad169a40356ede",
 }
 
 

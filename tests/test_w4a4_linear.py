@@ -24,14 +24,16 @@ def test_integer_sums_are_exact(isa, m):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("group_size", [-1, 32, 5])
-def test_float_activations_against_float64(isa, dtype, group_size):
+@pytest.mark.parametrize("clip", [None, 1.0, 0.9])
+def test_float_activations_against_float64(isa, dtype, group_size, clip):
     m, n, k = 5, 37, 300
     codes = ops.quantize(torch.randn(n, k), 4, group_size)
     x, b = torch.randn(m, k).to(dtype), torch.randn(n).to(dtype)
-    out = ops.w4a4_linear(x, *ops.pack(*codes, 4, group_size), b, n, group_size)
+    out = ops.w4a4_linear(x, *ops.pack(*codes, 4, group_size), b, n, group_size, None, clip)
     assert out.dtype == dtype
-    s = x.float().abs().amax(1, keepdim=True) / 7
-    a = (x.float() / s).round().clamp(-7, 7).double() * s.double()
+    most = x.float().abs().amax(1, keepdim=True)
+    s, least = (most / 7, -7) if clip is None else (most * clip / 7.5, -8)
+    a = (x.float() / s).round().clamp(least, 7).double() * s.double()
     w = ops.dequantize(*codes, group_size).double()
     exact = a @ w.T + b.double()
     size = a.abs() @ w.abs().T + b.double().abs()
@@ -62,9 +64,11 @@ def test_is_a_proper_torch_op():
     codes = ops.quantize(torch.randn(20, 64), 4, 32)
     packed = ops.pack(*codes, 4, 32)
     call = torch.ops.fewbit.w4a4_linear.default
-    torch.library.opcheck(call, (torch.randn(3, 64).half(), *packed, torch.randn(20), 20, 32, None))
+    for clip in (None, 0.9):
+        x, bias = torch.randn(3, 64).half(), torch.randn(20)
+        torch.library.opcheck(call, (x, *packed, bias, 20, 32, None, clip))
     q, s = ops.hadamard_quantize(torch.randn(3, 64), bits=4)
-    torch.library.opcheck(call, (q, *packed, None, 20, 32, s))
+    torch.library.opcheck(call, (q, *packed, None, 20, 32, s, None))
 
 
 def test_says_what_is_wrong():
@@ -73,5 +77,10 @@ def test_says_what_is_wrong():
         ops.w4a4_linear(torch.randn(3, 64), *packed, None, 20, 32, torch.ones(3))
     with pytest.raises(ValueError, match=r"x_scale must have shape \[3\], got \[2\]"):
         ops.w4a4_linear(torch.zeros(3, 8, dtype=torch.int32), *packed, None, 20, 32, torch.ones(2))
+    with pytest.raises(ValueError, match="clip belongs to float x"):
+        words = torch.zeros(3, 8, dtype=torch.int32)
+        ops.w4a4_linear(words, *packed, None, 20, 32, torch.ones(3), 0.9)
+    with pytest.raises(ValueError, match="clip must be above 0 and at most 1, got 1.5"):
+        ops.w4a4_linear(torch.randn(3, 64), *packed, None, 20, 32, clip=1.5)
     with pytest.raises(ValueError, match="packed must have shape"):
         ops.w4a4_linear(torch.randn(3, 32), *packed, None, 20, 32)

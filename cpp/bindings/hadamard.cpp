@@ -71,16 +71,16 @@ struct Factor {
 
 // The codes of a result that is quantised at once: q int8, or words of eight 4-bit codes.
 struct Codes {
-  int bits;
+  TokenGrid grid;
   Tensor q, scale;
 
-  Codes(const Tensor& x, int bits)
-      : bits(bits),
-        q(bits == 8 ? empty_on(x, {x.size(0), x.size(1)}, ScalarType::Char)
-                    : empty_on(x, {x.size(0), x.size(1) / 8}, ScalarType::Int)),
+  Codes(const Tensor& x, TokenGrid grid)
+      : grid(grid),
+        q(grid.bits == 8 ? empty_on(x, {x.size(0), x.size(1)}, ScalarType::Char)
+                         : empty_on(x, {x.size(0), x.size(1) / 8}, ScalarType::Int)),
         scale(empty_on(x, {x.size(0)}, ScalarType::Float)) {}
-  int8_t* bytes() const { return bits == 8 ? mutable_data<int8_t>(q) : nullptr; }
-  uint32_t* words() const { return bits == 8 ? nullptr : mutable_data<uint32_t>(q); }
+  int8_t* bytes() const { return grid.bits == 8 ? mutable_data<int8_t>(q) : nullptr; }
+  uint32_t* words() const { return grid.bits == 8 ? nullptr : mutable_data<uint32_t>(q); }
 };
 
 struct Width {
@@ -116,41 +116,51 @@ Width width_of(const Tensor& x, const Bases& bases) {
 }
 
 #if FEWBIT_WITH_CUDA
-// One base, and a row that fits a block's memory; anything else runs in plain torch.
+// A row that fits a block's memory, and bases that a block can do in place there; anything else
+// runs in plain torch.
 bool card_serves(const Tensor& x, const Bases& bases, bool codes) {
   const int64_t has = cuda::shared_memory(x.is_cuda() ? x.get_device_index() : 0);
-  const int64_t m = bases.empty() ? 1 : bases[0].size(0);
-  return bases.size() <= 1 && cuda::hadamard_bytes(x.size(1), codes) <= has &&
-         !(codes && m > cuda::most_quantized_base);
+  bool serves = cuda::hadamard_bytes(x.size(1), codes) <= has && bases.size() <= cuda::most_bases;
+  for (size_t i = codes ? 0 : 1; i < bases.size(); ++i)  // the first one may go straight to y
+    serves = serves && bases[i].size(0) <= cuda::most_base_in_place;
+  return serves;
 }
 
 // Values of the signs are not looked at: that would wait for the card. Into y, or `codes`.
 void run_on_card(const Tensor& x, const Bases& bases, const std::optional<Tensor>& signs, Width w,
                  Tensor* y, const Codes* codes) {
   const Tensor in = dense(x);
-  Tensor flips, matrix;
+  Tensor flips;
   if (signs) {
     check_shape(*signs, {x.size(1)}, "signs");
     check_dtype(*signs, ScalarType::Char, "signs");
     check_beside(x, *signs, "signs");
     flips = dense(*signs);
   }
-  const bool base = !bases.empty();
-  bool exact = false;
-  if (base) {
-    check_beside(x, bases[0], "base");
-    matrix = dense(bases[0]);
-    exact = matrix.scalar_type() == ScalarType::Char;
+  cuda::HadamardRows a{};
+  Bases matrices;
+  for (const Tensor& base : bases) {
+    check_beside(x, base, "base");
+    const Tensor& matrix = matrices.emplace_back(dense(base));
+    const bool exact = matrix.scalar_type() == ScalarType::Char;
+    a.bases[a.count++] = {int(matrix.size(0)), exact ? data<int8_t>(matrix) : nullptr,
+                          exact ? nullptr : data<float>(matrix)};
   }
-  run_cuda(x,
-           cuda::HadamardRows{in.const_data_ptr(), signs ? data<int8_t>(flips) : nullptr,
-                              exact ? data<int8_t>(matrix) : nullptr,
-                              base && !exact ? data<float>(matrix) : nullptr,
-                              y ? y->mutable_data_ptr() : nullptr, dtype_of(x, "x"), x.size(0),
-                              base ? matrix.size(0) : 1, w.k, float(w.scale),
-                              codes ? mutable_data<float>(codes->scale) : nullptr,
-                              codes ? codes->bytes() : nullptr, codes ? codes->words() : nullptr},
-           codes ? "hadamard_quantize" : "hadamard");
+  a.x = in.const_data_ptr();
+  a.signs = signs ? data<int8_t>(flips) : nullptr;
+  a.dtype = dtype_of(x, "x");
+  a.rows = x.size(0);
+  a.width = x.size(1);
+  a.k = w.k;
+  a.scale = float(w.scale);
+  if (y) a.y = y->mutable_data_ptr();
+  if (codes) {
+    a.grid = codes->grid;
+    a.code_scale = mutable_data<float>(codes->scale);
+    a.q = codes->bytes();
+    a.words = codes->words();
+  }
+  run_cuda(x, a, codes ? "hadamard_quantize" : "hadamard");
 }
 #endif
 
@@ -197,34 +207,34 @@ Tensor hadamard(const Tensor& x, Bases bases, std::optional<Tensor> signs) {
 }
 
 std::tuple<Tensor, Tensor> hadamard_quantize(const Tensor& x, Bases bases,
-                                             std::optional<Tensor> signs, int64_t bits) {
+                                             std::optional<Tensor> signs, int64_t bits,
+                                             std::optional<double> clip) {
   const Width w = width_of(x, bases);
   check(bits == 4 || bits == 8, "bits must be 4 or 8, got ", bits);
   check(bits == 8 || x.size(1) % 8 == 0, "4-bit codes are stored by eights: the width must be a ",
         "multiple of 8, got ", x.size(1));
+  const Codes codes(x, token_grid(bits, clip));
 #if FEWBIT_WITH_CUDA
   if (architecture_of(x) != 0) {
     if (!card_serves(x, bases, true))
-      return call_plain<2>("fewbit_plain::hadamard_quantize", x, bases, signs, bits);
-    const Codes codes(x, int(bits));
+      return call_plain<2>("fewbit_plain::hadamard_quantize", x, bases, signs, bits, clip);
     run_on_card(x, bases, signs, w, nullptr, &codes);
     return {codes.q, codes.scale};
   }
 #endif
-  const Codes codes(x, int(bits));
   const Tensor in = as_float(x);
   Tensor y = empty({x.size(0), x.size(1)}, ScalarType::Float);
   run_on_cpu(in, bases, signs, w, y);
   const Scratch<int32_t> zero(x.size(0));
-  quantize_tokens(y, true, std::nullopt, std::nullopt, nullptr, codes.bytes(),
-                  mutable_data<float>(codes.scale), zero.get<0>(), int(bits), codes.words());
+  quantize_tokens(y, codes.grid, std::nullopt, std::nullopt, nullptr, codes.bytes(),
+                  mutable_data<float>(codes.scale), zero.get<0>(), codes.words());
   return {codes.q, codes.scale};
 }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fewbit, m) {
   m.def("hadamard(Tensor x, Tensor[] bases, Tensor? signs) -> Tensor");
   m.def(
-      "hadamard_quantize(Tensor x, Tensor[] bases, Tensor? signs, int bits)"
+      "hadamard_quantize(Tensor x, Tensor[] bases, Tensor? signs, int bits, float? clip)"
       " -> (Tensor q, Tensor scale)");
 }
 FEWBIT_OP(hadamard)

@@ -77,8 +77,9 @@ static Tensor mixed_on_cuda(const Tensor& x, const Weight& w, cuda::PackedProduc
   Tensor q = empty_on(x, {a.m, l.columns}, ScalarType::Char);
   Tensor q_scale = empty_on(x, {a.m}, ScalarType::Float);
   Tensor q_zero = empty_on(x, {a.m}, ScalarType::Int);
-  quantize_tokens(x, true, std::nullopt, std::nullopt, data<uint8_t>(flag), mutable_data<int8_t>(q),
-                  mutable_data<float>(q_scale), mutable_data<int32_t>(q_zero));
+  quantize_tokens(x, {true}, std::nullopt, std::nullopt, data<uint8_t>(flag),
+                  mutable_data<int8_t>(q), mutable_data<float>(q_scale),
+                  mutable_data<int32_t>(q_zero));
   Tensor out = empty_on(x, {a.m, l.rows}, x.scalar_type());
   a.x = q.const_data_ptr();
   a.x_scale = data<float>(q_scale);
@@ -169,7 +170,7 @@ Tensor int8_mixed_linear(const Tensor& x, const Tensor& packed, const Tensor& sc
   if (count > 0)
     run(OutlierGather{in.const_data_ptr(), outlier, floats->get<0>(), dtype, m, columns, count},
         grain_for(count));
-  quantize_tokens(in, true, std::nullopt, std::nullopt, count > 0 ? flag : nullptr,
+  quantize_tokens(in, {true}, std::nullopt, std::nullopt, count > 0 ? flag : nullptr,
                   scratch.get<3>(), scratch.get<4>(), scratch.get<5>());
   run_integer({scratch.get<3>(), true, DType::f32, m, scratch.get<4>(), nullptr, nullptr}, w,
               scratch, count > 0 ? &product : nullptr, out.mutable_data_ptr(), dtype);

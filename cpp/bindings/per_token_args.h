@@ -5,11 +5,18 @@
 
 namespace fewbit::bindings {
 
+// The clipped grid of 4 or 8 bits, or without clip the symmetric one.
+inline TokenGrid token_grid(int64_t bits, const std::optional<double>& clip) {
+  check(!clip || (*clip > 0.0 && *clip <= 1.0), "clip must be above 0 and at most 1, got ",
+        clip ? *clip : 0.0);
+  return {true, int(bits), clip ? float(*clip) : 0.0f};
+}
+
 // x_scale of one element makes the grid static; without it, it is fitted to every row. Writes q
 // int8 [m, columns] (or `words`, with 4 bits), scale float32 [m] and zero_point int32 [m].
-inline void quantize_tokens(const Tensor& x, bool symmetric, const std::optional<Tensor>& x_scale,
+inline void quantize_tokens(const Tensor& x, TokenGrid grid, const std::optional<Tensor>& x_scale,
                             const std::optional<Tensor>& x_zero_point, const uint8_t* skip,
-                            int8_t* q, float* scale, int32_t* zero_point, int bits = 8,
+                            int8_t* q, float* scale, int32_t* zero_point,
                             uint32_t* words = nullptr) {
   const DType dtype = dtype_of(x, "x");
   std::optional<Tensor> fixed_scale, fixed_zero;
@@ -20,7 +27,7 @@ inline void quantize_tokens(const Tensor& x, bool symmetric, const std::optional
     fixed_scale = dense(*x_scale);
   }
   if (x_zero_point) {
-    check(bool(x_scale) && !symmetric,
+    check(bool(x_scale) && !grid.symmetric,
           "x_zero_point needs x_scale and symmetric=False: a dynamic zero point is computed");
     check(x_zero_point->numel() == 1, "a static x_zero_point must hold one element, got ",
           x_zero_point->numel());
@@ -34,7 +41,7 @@ inline void quantize_tokens(const Tensor& x, bool symmetric, const std::optional
       x,
       QuantizePerToken{in.const_data_ptr(), skip, fixed_scale ? data<float>(*fixed_scale) : nullptr,
                        fixed_zero ? data<int32_t>(*fixed_zero) : nullptr, q, scale, zero_point,
-                       dtype, symmetric, m, columns, bits, words},
+                       dtype, grid, m, columns, words},
       "quantize_per_token", grain_for(columns));
 }
 

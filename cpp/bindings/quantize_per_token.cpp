@@ -11,7 +11,7 @@ std::tuple<Tensor, Tensor, Tensor> quantize_per_token(const Tensor& x, bool symm
   Tensor q = empty_on(x, {m, x.size(1)}, ScalarType::Char);
   Tensor scale = empty_on(x, {m}, ScalarType::Float);
   Tensor zero_point = empty_on(x, {m}, ScalarType::Int);
-  quantize_tokens(x, symmetric, x_scale, x_zero_point, nullptr, mutable_data<int8_t>(q),
+  quantize_tokens(x, {symmetric}, x_scale, x_zero_point, nullptr, mutable_data<int8_t>(q),
                   mutable_data<float>(scale), mutable_data<int32_t>(zero_point));
   return {q, scale, zero_point};
 }

@@ -7,7 +7,7 @@ namespace fewbit::bindings {
 
 Tensor w4a4_linear(const Tensor& x, const Tensor& packed, const Tensor& scale,
                    const Tensor& zero_point, std::optional<Tensor> bias, int64_t out_features,
-                   int64_t group_size, std::optional<Tensor> x_scale) {
+                   int64_t group_size, std::optional<Tensor> x_scale, std::optional<double> clip) {
   const bool words = x.scalar_type() == ScalarType::Int;
   check_matrix(x, "x", words ? "[tokens, in_features / 8]" : "[tokens, in_features]");
   const int64_t m = x.size(0), columns = words ? 8 * x.size(1) : x.size(1);
@@ -16,6 +16,8 @@ Tensor w4a4_linear(const Tensor& x, const Tensor& packed, const Tensor& scale,
   check_exact(l, true);
   check(words == bool(x_scale), "x_scale, one per token, comes with x of 4-bit codes (int32 words)",
         " and only there");
+  check(!(words && clip), "clip belongs to float x; codes have their grid");
+  const TokenGrid grid = token_grid(4, clip);
   const DType dtype = words ? DType::f32 : dtype_of(x, "x");
   const Tensor in = dense(x);
   std::optional<Tensor> scales;
@@ -38,13 +40,13 @@ Tensor w4a4_linear(const Tensor& x, const Tensor& packed, const Tensor& scale,
     a.x = q.const_data_ptr();
     if (!cuda::serves(a, card))
       return call_plain("fewbit_plain::w4a4_linear", x, packed, scale, zero_point, bias,
-                        out_features, group_size, x_scale);
+                        out_features, group_size, x_scale, clip);
     if (!words) {
       scales = empty_on(x, {m}, ScalarType::Float);
       Tensor zero = empty_on(x, {m}, ScalarType::Int);
-      quantize_tokens(in, true, std::nullopt, std::nullopt, nullptr,
+      quantize_tokens(in, grid, std::nullopt, std::nullopt, nullptr,
                       a.codes == 8 ? mutable_data<int8_t>(q) : nullptr,
-                      mutable_data<float>(*scales), mutable_data<int32_t>(zero), 4,
+                      mutable_data<float>(*scales), mutable_data<int32_t>(zero),
                       a.codes == 4 ? mutable_data<uint32_t>(q) : nullptr);
     } else if (a.codes == 8) {
       run_cuda(x, FoursOfWords{data<uint32_t>(in), mutable_data<int8_t>(q), m, columns},
@@ -62,7 +64,7 @@ Tensor w4a4_linear(const Tensor& x, const Tensor& packed, const Tensor& scale,
   if (words)
     run(FoursOfWords{data<uint32_t>(in), q, m, columns}, grain_for(columns));
   else
-    quantize_tokens(in, true, std::nullopt, std::nullopt, nullptr, q, q_scale, scratch.get<2>(), 4);
+    quantize_tokens(in, grid, std::nullopt, std::nullopt, nullptr, q, q_scale, scratch.get<2>());
   run_integer({q, true, DType::f32, m, words ? data<float>(*scales) : q_scale, nullptr, nullptr}, w,
               nullptr, out.mutable_data_ptr(), dtype);
   return out;
@@ -71,7 +73,7 @@ Tensor w4a4_linear(const Tensor& x, const Tensor& packed, const Tensor& scale,
 STABLE_TORCH_LIBRARY_FRAGMENT(fewbit, m) {
   m.def(
       "w4a4_linear(Tensor x, Tensor packed, Tensor scale, Tensor zero_point, Tensor? bias,"
-      " int out_features, int group_size, Tensor? x_scale) -> Tensor");
+      " int out_features, int group_size, Tensor? x_scale, float? clip) -> Tensor");
 }
 FEWBIT_OP(w4a4_linear)
 

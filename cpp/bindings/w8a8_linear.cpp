@@ -68,7 +68,7 @@ Tensor w8a8_linear(const Tensor& x, const Tensor& packed, const Tensor& scale,
       q_scale = mutable_data<float>(*scales);
       q_zero = mutable_data<int32_t>(*zeros);
     }
-    quantize_tokens(in, symmetric, x_scale, x_zero_point, nullptr, q, q_scale, q_zero);
+    quantize_tokens(in, {symmetric}, x_scale, x_zero_point, nullptr, q, q_scale, q_zero);
     t.x = q;
     t.scale = q_scale;
     t.zero = symmetric ? nullptr : q_zero;

@@ -7,8 +7,7 @@ namespace fewbit::cpu::FEWBIT_ISA {
 
 // Range of a row that always holds 0; `finite` is false where it holds a NaN or an infinity.
 template <class T>
-FEWBIT_INLINE TokenStep fit_token(const T* x, const uint8_t* skip, int64_t n, bool symmetric,
-                                  int bits = 8) {
+FEWBIT_INLINE TokenStep fit_token(const T* x, const uint8_t* skip, int64_t n, TokenGrid grid) {
   constexpr int chains = 2;  // hide the latency
   F32 lo[chains], hi[chains], poison[chains];
   for (int c = 0; c < chains; ++c) lo[c] = hi[c] = poison[c] = F32::zero();
@@ -33,15 +32,14 @@ FEWBIT_INLINE TokenStep fit_token(const T* x, const uint8_t* skip, int64_t n, bo
     high = v > high ? v : high;
     bad += v * 0.0f;
   }
-  return token_step(low, high, bad == 0.0f, symmetric, bits);
+  return token_step(low, high, bad == 0.0f, grid);
 }
 
 template <class T>
 FEWBIT_INLINE void quantize_token(const T* x, const uint8_t* skip, int64_t n, TokenStep step,
-                                  bool symmetric, int8_t* q, int bits = 8) {
-  const float top = top_code(bits), least = symmetric ? -top : -top - 1.0f;
+                                  TokenGrid grid, int8_t* q) {
   const F32 s = F32::set(step.s), z = F32::set(step.z), inverse = F32::set(inverse_of(step.s));
-  const F32 low = F32::set(least), high = F32::set(top);
+  const F32 low = F32::set(grid.least()), high = F32::set(grid.top());
   int64_t i = 0;
   for (; i + F32::width <= n; i += F32::width) {
     F32 v = F32::load(x + i);
@@ -51,7 +49,7 @@ FEWBIT_INLINE void quantize_token(const T* x, const uint8_t* skip, int64_t n, To
   }
   for (; i < n; ++i) {
     const float v = skip && skip[i] ? to_float(x[i]) * 0.0f : to_float(x[i]);
-    q[i] = token_code(v, step, symmetric, bits);
+    q[i] = token_code(v, step, grid);
   }
 }
 

@@ -44,24 +44,27 @@ FEWBIT_DEVICE void butterflies(int radix, int width, int first, const Get& get, 
 
 FEWBIT_DEVICE float flip(float v, int8_t sign) { return sign < 0 ? -v : v; }
 
-// Outputs o .. o + 3 of column c of the base: y = B^T z for z [m, n] in shared memory.
-FEWBIT_DEVICE void base_column(const HadamardRows& a, const float* z, int n, int o, int c,
+// Place of element (i, c) of z [blocks, m, n] seen as m rows of blocks n columns.
+FEWBIT_DEVICE int base_place(int i, int c, int m, int n) { return (c / n * m + i) * n + c % n; }
+
+// Outputs o .. o + 3 of column c of a base: y = B^T z for z [blocks, m, n] in shared memory.
+FEWBIT_DEVICE void base_column(const HadamardRows::Base& b, const float* z, int n, int o, int c,
                                float (&sum)[4]) {
-  const int m = int(a.m);
-  const bool words = m % 4 == 0 && reinterpret_cast<uintptr_t>(a.signs_base) % 4 == 0;
+  const int m = b.m, first = base_place(0, c, m, n);
+  const bool words = m % 4 == 0 && reinterpret_cast<uintptr_t>(b.signs) % 4 == 0;
 #pragma unroll
   for (int j = 0; j < 4; ++j) sum[j] = 0.0f;
-  const auto value = [&](int i) { return i < m ? z[shared_place(i * n + c)] : 0.0f; };
+  const auto value = [&](int i) { return i < m ? z[shared_place(first + i * n)] : 0.0f; };
   // Signs of outputs o .. o + 3 in row i of the base, one access where rows are whole words.
   const auto signs_at = [&](int i) {
     Vector<int8_t, 4> s{{1, 1, 1, 1}};
-    if (i < m && words) return load<4>(a.signs_base + i * m + o);
+    if (i < m && words) return load<4>(b.signs + i * m + o);
 #pragma unroll
     for (int j = 0; j < 4; ++j)
-      if (i < m && o + j < m) s.v[j] = a.signs_base[i * m + o + j];
+      if (i < m && o + j < m) s.v[j] = b.signs[i * m + o + j];
     return s;
   };
-  if (a.signs_base && m <= HadamardBase::max_pattern) {  // four rows at a time
+  if (b.signs && m <= HadamardBase::max_pattern) {  // four rows at a time
     for (int i = 0; i < m; i += 4) {
       const float x[4] = {value(i), value(i + 1), value(i + 2), value(i + 3)};
       Vector<int8_t, 4> s[4];
@@ -78,32 +81,32 @@ FEWBIT_DEVICE void base_column(const HadamardRows& a, const float* z, int n, int
 #pragma unroll
       for (int j = 0; j < 4; ++j)
         if (o + j < m)
-          sum[j] = fmaf(
-              x, a.signs_base ? float(a.signs_base[i * m + o + j]) : a.base[i * m + o + j], sum[j]);
+          sum[j] =
+              fmaf(x, b.signs ? float(b.signs[i * m + o + j]) : b.products[i * m + o + j], sum[j]);
     }
   }
 }
 
 // z = B^T z in place: threads take whole columns at a time, and write when all have read.
-FEWBIT_DEVICE void base_in_place(const HadamardRows& a, float* z, int n) {
-  const int quads = (int(a.m) + 3) / 4, columns = int(blockDim.x) / quads;
+FEWBIT_DEVICE void base_in_place(const HadamardRows::Base& b, float* z, int n, int width) {
+  const int quads = (b.m + 3) / 4, columns = int(blockDim.x) / quads;
   const int mine = int(threadIdx.x) % columns, o = int(threadIdx.x) / columns * 4;
-  for (int first = 0; first < n; first += columns) {
+  for (int first = 0; first < width / b.m; first += columns) {
     const int c = first + mine;
-    const bool works = o < int(a.m) && c < n;
+    const bool works = o < b.m && c < width / b.m;
     float v[4];
-    if (works) base_column(a, z, n, o, c, v);
+    if (works) base_column(b, z, n, o, c, v);
     __syncthreads();
 #pragma unroll
     for (int j = 0; j < 4; ++j)
-      if (works && o + j < int(a.m)) z[shared_place((o + j) * n + c)] = v[j];
+      if (works && o + j < b.m) z[shared_place(base_place(o + j, c, b.m, n))] = v[j];
   }
   __syncthreads();
 }
 
 template <class T, bool codes>
 __global__ void hadamard(HadamardRows a) {
-  const int n = 1 << a.k, width = int(a.m) << a.k;
+  const int width = int(a.width);
   const T* x = static_cast<const T*>(a.x) + int64_t(blockIdx.x) * width;
   T* y = static_cast<T*>(a.y) + int64_t(blockIdx.x) * width;
   float* z = reinterpret_cast<float*>(dynamic_shared());
@@ -119,7 +122,7 @@ __global__ void hadamard(HadamardRows a) {
     else
       from_float(v * a.scale, y + e);
   };
-  const bool based = a.signs_base || a.base;
+  const bool based = a.count > 0;
   int left = a.k, first = 1;
   do {
     const int radix = left < max_radix ? left : max_radix;
@@ -135,50 +138,56 @@ __global__ void hadamard(HadamardRows a) {
       butterflies(radix, width, first, get, put);
     first <<= radix;
   } while (left > 0);
+  int n = 1 << a.k;  // what lies inside the next base
+#pragma unroll 1
+  for (int i = a.count - 1; i >= (codes ? 0 : 1); --i) {
+    base_in_place(a.bases[i], z, n, width);
+    n *= a.bases[i].m;
+  }
   if constexpr (codes) {
-    if (based) base_in_place(a, z, n);
     const auto value = [&](int64_t k, auto& v) {
       constexpr int count = int(sizeof(v) / sizeof(v[0]));
 #pragma unroll
       for (int i = 0; i < count; ++i) v[i] = get(int(k) + i) * a.scale;
     };
     const int64_t row = blockIdx.x;
-    const TokenStep step = fit_row<1>(width, true, value, a.words ? 4 : 8);
+    const TokenStep step = fit_row<1>(width, a.grid, value);
     if (a.words)
-      quantize_row_to_words(width, step, a.words + row * (width / 8), value);
+      quantize_row_to_words(width, a.grid, step, a.words + row * (width / 8), value);
     else if (width % 4 == 0)
-      quantize_row<4>(width, true, step, a.q + row * width, value);
+      quantize_row<4>(width, a.grid, step, a.q + row * width, value);
     else
-      quantize_row<1>(width, true, step, a.q + row * width, value);
+      quantize_row<1>(width, a.grid, step, a.q + row * width, value);
     if (threadIdx.x == 0) a.code_scale[row] = step.s;
     return;
   }
   if (!based) return;
-  const int columns = (int(a.m) + 3) / 4 * n;
+  const HadamardRows::Base& base = a.bases[0];
+  const int columns = (base.m + 3) / 4 * n;
   for (int at = int(threadIdx.x); at < columns; at += int(blockDim.x)) {
     float v[4];
     const int o = at / n * 4, c = at % n;
-    base_column(a, z, n, o, c, v);
+    base_column(base, z, n, o, c, v);
 #pragma unroll
     for (int j = 0; j < 4; ++j)
-      if (o + j < int(a.m)) to_row((o + j) * n + c, v[j]);
+      if (o + j < base.m) to_row((o + j) * n + c, v[j]);
   }
 }
 
 const char* launch(const HadamardRows& a, Place place) {
-  const int64_t width = a.m << a.k;
   const size_t shared =
-      size_t(hadamard_bytes(width, false));  // shared_place stays inside 128 values
+      size_t(hadamard_bytes(a.width, false));  // shared_place stays inside 128 values
+  int64_t in_place = 1;
+  for (int i = a.code_scale ? 0 : 1; i < a.count; ++i)
+    in_place = a.bases[i].m > in_place ? a.bases[i].m : in_place;
+  // A base in place needs a thread for each four of its rows.
+  const unsigned threads = threads_for(a.width >> max_radix, 512);
+  const unsigned quads = unsigned(ceil_div(in_place, 4));
+  const unsigned block = threads < quads ? threads_for(quads, 512) : threads;
   return with_type(a.dtype, [&](auto* type) {
     using T = element<decltype(type)>;
-    if (a.code_scale) {
-      const unsigned threads = threads_for(width >> max_radix, 512);
-      const unsigned quads = unsigned(ceil_div(a.m, 4));
-      return start(&hadamard<T, true>, dim3(unsigned(a.rows)),
-                   threads < quads ? threads_for(quads, 512) : threads, shared, place, a);
-    }
-    return start(&hadamard<T, false>, dim3(unsigned(a.rows)), threads_for(width >> max_radix, 512),
-                 shared, place, a);
+    return start(a.code_scale ? &hadamard<T, true> : &hadamard<T, false>, dim3(unsigned(a.rows)),
+                 block, shared, place, a);
   });
 }
 

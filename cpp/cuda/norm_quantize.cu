@@ -30,8 +30,8 @@ __global__ void norm_quantize(NormQuantize a) {
       if (a.bias) v[j] += a.bias[k + j];
     }
   };
-  const TokenStep step = fit_row<V>(n, a.symmetric, value);
-  quantize_row<V>(n, a.symmetric, step, a.q + m * n, value);
+  const TokenStep step = fit_row<V>(n, {a.symmetric}, value);
+  quantize_row<V>(n, {a.symmetric}, step, a.q + m * n, value);
   if (threadIdx.x == 0) {
     a.scale[m] = step.s;
     a.zero_point[m] = int32_t(step.z);

@@ -20,13 +20,13 @@ __global__ void quantize_per_token(QuantizePerToken a) {
       }
     }
   };
-  TokenStep step = fit_row<V>(a.columns, a.symmetric, value, a.bits);
+  TokenStep step = fit_row<V>(a.columns, a.grid, value);
   if (a.fixed_scale && step.s == step.s)
     step = {*a.fixed_scale, a.fixed_zero ? float(*a.fixed_zero) : 0.0f};
   if (a.words)
-    quantize_row_to_words(a.columns, step, a.words + m * (a.columns / 8), value);
+    quantize_row_to_words(a.columns, a.grid, step, a.words + m * (a.columns / 8), value);
   else
-    quantize_row<V>(a.columns, a.symmetric, step, a.q + m * a.columns, value, a.bits);
+    quantize_row<V>(a.columns, a.grid, step, a.q + m * a.columns, value);
   if (threadIdx.x == 0) {
     a.scale[m] = step.s;
     a.zero_point[m] = int32_t(step.z);

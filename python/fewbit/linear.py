@@ -33,7 +33,8 @@ class PackedLinear(KeepsType):
     ``zero_point`` uint8 [panels, groups, 16] (cpp/include/fewbit/layout.h); ``bias`` [out_features]
     or None. Widths of 5 to 7 bits are stored in 8. Input [..., in_features] in float32, float16 or
     bfloat16; output of the same type, accumulated in float32. With a symmetric grid for its inputs
-    beside it (online.ActivationQuant) the product is in integers, exact within a group.
+    beside it (online.ActivationQuant) the product is in integers, exact within a group, and where
+    an online transform comes first, one operator makes its codes.
     """
 
     keeps_type = ("scale",)  # the codes were computed against it
@@ -64,20 +65,38 @@ class PackedLinear(KeepsType):
     def forward(self, x: Tensor) -> Tensor:
         flat = x if x.dim() == 2 else x.reshape(-1, self.in_features)
         weight = (self.packed, self.scale, self.zero_point, self.bias, self.out_features)
-        grid = (self.stored_bits, self.scheme.group_size)
-        quant = self.input_grid(x)
-        if quant is None:
-            out = ops.w4a16_linear(flat, *weight, *grid)
+        group_size, taken = self.scheme.group_size, self.takes(x)
+        if not taken:
+            out = ops.w4a16_linear(flat, *weight, self.stored_bits, group_size)
+            return out if x.dim() == 2 else out.reshape(*x.shape[:-1], self.out_features)
+        quant = self.online_quant
+        fours, clip = self._fours(quant), None
+        if "online_hadamard" in taken:
+            codes, scale = self.online_hadamard.codes(flat, quant.bits, quant.clip)
+        elif fours:  # quantised in the product
+            codes, scale, clip = flat, None, quant.clip
         else:
             codes, scale = quant.codes(flat)
-            out = ops.w8a8_linear(codes, *weight, *grid, True, scale).to(x.dtype)
-        return out if x.dim() == 2 else out.reshape(*x.shape[:-1], self.out_features)
+        if fours:
+            out = ops.w4a4_linear(codes, *weight, group_size, scale, clip)
+        else:
+            out = ops.w8a8_linear(codes, *weight, self.stored_bits, group_size, True, scale)
+        return out.to(x.dtype).reshape(*x.shape[:-1], self.out_features)
 
-    def input_grid(self, x: Tensor) -> nn.Module | None:
-        """The grid (online.ActivationQuant) whose codes of x the product takes, if there is one."""
+    def takes(self, x: Tensor) -> tuple[str, ...]:
+        """The slots (online.SLOTS) whose work on x the product does itself."""
         quant = self._modules.get("online_quant")
-        takes = quant is not None and type(self) is PackedLinear and quant.serves(x)
-        return quant if takes else None
+        if quant is None or type(self) is not PackedLinear or not quant.serves(x):
+            return ()
+        words = self._fours(quant) and self.in_features % 8 == 0
+        whole = words or (quant.bits == 8 and quant.per == "token")
+        if whole and self._modules.get("online_hadamard") is not None:
+            return ("online_hadamard", "online_quant")
+        return ("online_quant",)
+
+    def _fours(self, quant: nn.Module) -> bool:
+        """Whether codes of 4 bits meet codes of 4 bits."""
+        return quant.bits == self.stored_bits == 4 and quant.per == "token"
 
     def codes(self) -> Codes:
         """The canonical form, for checkpoints and inspection."""
@@ -168,6 +187,17 @@ class Int8Linear(PackedLinear):
             self.x_zero_point,
             self.code_sum,
         )
+        return out if x.dim() == 2 else out.reshape(*x.shape[:-1], self.out_features)
+
+
+class Int4Linear(PackedLinear):
+    """PackedLinear of 4 bits with activations of 4 bits, one dynamic scale a token; integer sums
+    are exact."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x if x.dim() == 2 else x.reshape(-1, self.in_features)
+        weight = (self.packed, self.scale, self.zero_point, self.bias, self.out_features)
+        out = ops.w4a4_linear(flat, *weight, self.scheme.group_size)
         return out if x.dim() == 2 else out.reshape(*x.shape[:-1], self.out_features)
 
 

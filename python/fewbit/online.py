@@ -2,7 +2,8 @@
 
 Each is an nn.Module that hangs on the linear it serves and runs before it: paths, weights and the
 linear's own class stay as they were, and calibration hooks, which come later, see the input that
-the weight really meets. ``carry`` moves them when a linear is replaced by its packed form.
+the weight really meets. ``carry`` moves them when a linear is replaced by its packed form, whose
+product takes the codes of a symmetric grid, and the transform before it, into its operators.
 """
 
 from __future__ import annotations
@@ -42,8 +43,15 @@ class OnlineHadamard(KeepsType):
         if x.dtype == torch.float64:  # the operator is float32 inside
             x = x if self.signs is None else x * self.signs
             return hadamard.transform(x, self.plan)
-        bases = [getattr(self, name) for name in self.keeps_type]
-        return ops.hadamard(x.reshape(-1, self.plan.n), bases, self.signs).reshape(x.shape)
+        return ops.hadamard(x.reshape(-1, self.plan.n), self._bases(), self.signs).reshape(x.shape)
+
+    def codes(self, x: Tensor, bits: int, clip: float) -> tuple[Tensor, Tensor]:
+        """The result of x [tokens, width] as ``ops.hadamard_quantize`` gives it, on the symmetric
+        grid of an ActivationQuant, and scales float32 [tokens]."""
+        return ops.hadamard_quantize(x, self._bases(), self.signs, bits, clip)
+
+    def _bases(self) -> list[Tensor]:
+        return [getattr(self, name) for name in self.keeps_type]
 
     def settings(self) -> dict:
         """JSON for runtime.py."""
@@ -60,8 +68,8 @@ class ActivationQuant(nn.Module):
 
     x [..., width] of any float type, arithmetic in float32. The range holds 0 and is shrunk by
     ``clip``; ``symmetric`` fixes the zero point in the middle. ``per`` "tensor": one scale for all
-    tokens of the call. A PackedLinear takes the codes of a symmetric grid themselves, for its
-    integer product, where no gradient is asked for.
+    tokens of the call. A PackedLinear multiplies codes of a symmetric grid in integers, where no
+    gradient is asked for.
     """
 
     def __init__(
@@ -155,13 +163,11 @@ def symmetric_scale(h: Tensor, bits: int, clip: float) -> Tensor:
 
 def _before(linear: nn.Module, args: tuple) -> tuple:
     x = args[0]
+    taken = linear.takes(x) if isinstance(linear, PackedLinear) else ()
     for slot in SLOTS:
         module = getattr(linear, slot, None)
-        if module is None:
-            continue
-        if slot == "online_quant" and isinstance(linear, PackedLinear) and linear.input_grid(x):
-            continue  # its product takes the codes
-        x = module(x)
+        if module is not None and slot not in taken:
+            x = module(x)
     return (x, *args[1:])
 
 

@@ -355,20 +355,20 @@ torch.library.register_autograd(
 
 def hadamard_quantize(
     x: Tensor, base: Tensor | Sequence[Tensor] | None = None, signs: Tensor | None = None,
-    bits: int = 8,
+    bits: int = 8, clip: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``hadamard`` of each row of ``x`` [rows, width], then its codes: one scale per row.
 
     The transform stays in float32 in between. Returns (``q``, ``scale`` float32 [rows]): for 8
     ``bits`` q is int8 [rows, width], what ``w8a8_linear`` takes; for 4, int32 [rows, width / 8] of
-    eight codes each, what ``w4a4_linear`` takes (a width in eights). The grid is symmetric:
-    cpp/include/fewbit/quantize_per_token.h.
+    eight codes each, what ``w4a4_linear`` takes (a width in eights). The grid is symmetric, or with
+    ``clip``, above 0 and at most 1, the clipped one: cpp/include/fewbit/quantize_per_token.h.
     """
-    return torch.ops.fewbit.hadamard_quantize.default(x, _bases(base), signs, bits)
+    return torch.ops.fewbit.hadamard_quantize.default(x, _bases(base), signs, bits, clip)
 
 
 @torch.library.register_fake("fewbit::hadamard_quantize")
-def _(x, bases, signs, bits):
+def _(x, bases, signs, bits, clip):
     shape = x.shape if bits == 8 else (x.shape[0], x.shape[1] // 8)
     q = x.new_empty(shape, dtype=torch.int8 if bits == 8 else torch.int32)
     return q, x.new_empty((x.shape[0],), dtype=torch.float32)
@@ -526,21 +526,23 @@ def w4a4_linear(
     out_features: int,
     group_size: int = -1,
     x_scale: Tensor | None = None,
+    clip: float | None = None,
 ) -> Tensor:
     """4-bit activations times packed weights of 4 bits: [tokens, out_features].
 
     ``x`` [tokens, in_features] is float (put on a symmetric grid of 4 bits per token, codes -7..7,
-    x_scale = max|x| / 7; the result has its type), or codes as ``hadamard_quantize`` with 4 bits
-    returns them: int32 [tokens, in_features / 8] with ``x_scale`` float32 [tokens] (float32
-    result). Sums over a group are exact integers; scales as in ``w8a8_linear``.
+    x_scale = max|x| / 7, or with ``clip`` in 0..1 on -8..7, x_scale = max|x| clip / 7.5; the result
+    has its type), or codes as ``hadamard_quantize`` with 4 bits returns them: int32 [tokens,
+    in_features / 8] with ``x_scale`` float32 [tokens] (float32 result). Sums over a group are exact
+    integers; scales as in ``w8a8_linear``.
     """
     return torch.ops.fewbit.w4a4_linear.default(
-        x, packed, scale, zero_point, bias, out_features, group_size, x_scale
+        x, packed, scale, zero_point, bias, out_features, group_size, x_scale, clip
     )
 
 
 @torch.library.register_fake("fewbit::w4a4_linear")
-def _(x, packed, scale, zero_point, bias, out_features, group_size, x_scale):
+def _(x, packed, scale, zero_point, bias, out_features, group_size, x_scale, clip):
     dtype = torch.float32 if x.dtype == torch.int32 else x.dtype
     return x.new_empty((x.shape[0], out_features), dtype=dtype)
 

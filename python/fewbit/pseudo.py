@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import MissingCalibrationError, UsageError
-from .linear import Int8Linear, PackedLinear
+from .linear import Int4Linear, Int8Linear, PackedLinear
 from .scheme import FLOAT_BITS, Codes, Scheme
 from .stats import Stats
 
@@ -32,9 +32,9 @@ def fake_quantize(x: Tensor, bits: int, mode: str, scale: Tensor | None = None) 
 class PseudoInt8Linear(PackedLinear):
     """PackedLinear whose input is put on its integer grid first, and multiplied in float32.
 
-    What ``Int8Linear`` computes in integers, up to the rounding of float32 sums; it also serves the
-    activation widths that have no integer kernel. ``x_scale`` [1] float32 belongs to
-    ``scheme.activations`` = "static".
+    What ``Int8Linear`` and ``Int4Linear`` compute in integers, up to the rounding of float32 sums;
+    it also serves the activation widths that have no integer kernel. ``x_scale`` [1] float32
+    belongs to ``scheme.activations`` = "static".
     """
 
     keeps_type = ("scale", "x_scale")
@@ -98,7 +98,10 @@ def activation_module(
     x_scale: Tensor | None = None,
     x_zero_point: Tensor | None = None,
 ) -> PackedLinear:
-    """8-bit activations run in integers (Int8Linear), other widths in PseudoInt8Linear."""
+    """Activations of 8 bits run in integers (Int8Linear), and of 4 bits per token with weights of
+    4 bits (Int4Linear); other widths in PseudoInt8Linear."""
     if scheme.activation_bits == 8:
         return Int8Linear(codes, scheme, bias, x_scale, x_zero_point)
+    if scheme.activation_bits == scheme.bits == 4 and scheme.activations == "token":
+        return Int4Linear(codes, scheme, bias)
     return PseudoInt8Linear(codes, scheme, bias, x_scale)

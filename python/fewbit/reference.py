@@ -256,11 +256,11 @@ def hadamard(x: Tensor, bases: list[Tensor], signs: Tensor | None) -> Tensor:
 
 
 def hadamard_quantize(
-    x: Tensor, bases: list[Tensor], signs: Tensor | None, bits: int
+    x: Tensor, bases: list[Tensor], signs: Tensor | None, bits: int, clip: float | None
 ) -> tuple[Tensor, Tensor]:
     """hadamard in float32, then quantize_per_token."""
     y = hadamard(x.float(), bases, signs)
-    q, s, _ = quantize_per_token(y, True, None, None, bits=bits)
+    q, s, _ = quantize_per_token(y, True, None, None, bits=bits, clip=clip)
     return (words_of_fours(q) if bits == 4 else q), s
 
 
@@ -409,6 +409,7 @@ def quantize_per_token(
     x_zero_point: Tensor | None,
     skip: Tensor | None = None,
     bits: int = 8,
+    clip: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """q = clamp(round(x / s) + z); equation in fewbit/quantize_per_token.h."""
     x = x.float()
@@ -425,15 +426,15 @@ def quantize_per_token(
     else:
         span = hi - lo
         wide = torch.where(span <= torch.finfo(torch.float32).max, span / 255, hi / 255 - lo / 255)
-        s = (top / (2 ** (bits - 1) - 1) if symmetric else wide).clamp(
-            min=torch.finfo(torch.float32).tiny
-        )
+        most = 2 ** (bits - 1) - 1
+        even = top / most if clip is None else top * clip / (most + 0.5)
+        s = (even if symmetric else wide).clamp(min=torch.finfo(torch.float32).tiny)
         s = torch.where(top > 0, s, torch.ones_like(s))
         z = torch.zeros_like(s) if symmetric else (-128 - lo / s).round().clamp(-128, 127)
     s = torch.where(finite, s, torch.full_like(s, torch.nan))
     z = torch.where(finite, z, torch.zeros_like(z))
     most = 2.0 ** (bits - 1) - 1
-    least = -most if symmetric else -most - 1
+    least = -most if symmetric and clip is None else -most - 1
     q = ((x / s[:, None]).round() + z[:, None]).nan_to_num(nan=least).clamp(least, most)
     return q.to(torch.int8), s.contiguous(), z.to(torch.int32)
 
@@ -526,13 +527,14 @@ def w4a4_linear(
     out_features: int,
     group_size: int,
     x_scale: Tensor | None,
+    clip: float | None,
 ) -> Tensor:
     """Quantise x to 4 bits if it is float, multiply exactly, scale."""
     dtype = torch.float32 if x.dtype == torch.int32 else x.dtype
     if x.dtype == torch.int32:
         q, s = fours_of_words(x), x_scale
     else:
-        q, s, _ = quantize_per_token(x, True, None, None, bits=4)
+        q, s, _ = quantize_per_token(x, True, None, None, bits=4, clip=clip)
     weight, sizes = (packed, scale, zero_point), (out_features, 4, group_size)
     out = _token_product(q, s, None, weight, sizes, None)
     return (out if bias is None else out + bias.float()).to(dtype)

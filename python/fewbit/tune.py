@@ -24,12 +24,13 @@ from torch.nn import functional as F
 from .calibrate import Windows
 from .errors import CalibrationError, ShortTextError, UsageError
 from .families import Family, decoder_layers
-from .linear import Int8Linear, PackedLinear
+from .linear import Int4Linear, Int8Linear, PackedLinear
 from .online import carry, straight_through
 from .pseudo import PseudoInt8Linear, activation_module, fake_quantize
 from .scheme import Codes
 
-TUNABLE = (PackedLinear, Int8Linear, PseudoInt8Linear)  # their exact types, not subclasses
+# their exact types, not subclasses
+TUNABLE = (PackedLinear, Int8Linear, Int4Linear, PseudoInt8Linear)
 
 
 @dataclass(frozen=True)

@@ -124,27 +124,35 @@ struct GptqRows {
 bool serves(const GptqRows& a);
 
 // Hadamard (hadamard.h) with what the card can read: matrices of signs instead of tables.
+constexpr int most_bases = 4;
 struct HadamardRows {
-  const void* x;             // [rows, m 2^k] of dtype
-  const int8_t* signs;       // [m 2^k] of +1 and -1; or null
-  const int8_t* signs_base;  // [m, m] of +1 and -1; or null
-  const float* base;         // [m, m]; or null
-  void* y;                   // [rows, m 2^k] of dtype; not x
+  struct Base {
+    int m;
+    const int8_t* signs;    // [m, m] of +1 and -1; or null
+    const float* products;  // [m, m] where signs is null
+  };
+  const void* x;           // [rows, width] of dtype
+  const int8_t* signs;     // [width] of +1 and -1; or null
+  Base bases[most_bases];  // B_1 first
+  int count;
+  void* y;  // [rows, width] of dtype; not x
   DType dtype;
   int64_t rows;
-  int64_t m;
+  int64_t width;
   int k;
   float scale;  // of the result
-  // Instead of y, the row's codes (quantize_per_token.h, symmetric) of the float32 result:
+  // Instead of y, the row's codes (quantize_per_token.h) of the float32 result:
+  TokenGrid grid;
   float* code_scale;  // [rows]; or null
-  int8_t* q;          // [rows, m 2^k], 8 bits
-  uint32_t* words;    // [rows, m 2^k / 8], 4 bits
+  int8_t* q;          // [rows, width], 8 bits
+  uint32_t* words;    // [rows, width / 8], 4 bits
 };
 // Bytes of shared memory that a row takes: more than a card has is not served.
 constexpr int64_t hadamard_bytes(int64_t width, bool codes) {
   return ceil_div(width, 128) * 512 + (codes ? 512 : 0);  // codes: what reductions take
 }
-constexpr int64_t most_quantized_base = 512;  // largest m of a row that ends as codes
+// Largest m of a base whose result stays in shared memory, before another base or as codes.
+constexpr int64_t most_base_in_place = 512;
 
 // Queues the kernel; null, or what the driver says is wrong. Pointers are of the device.
 const char* launch(const ActStats& a, Place place);

@@ -1,9 +1,10 @@
 // Activations to int8 or int4, one scale per token (row):
 //
-//   symmetric:   s = max |x| / top          z = 0                             q in -top..top
-//   asymmetric:  s = (hi - lo) / 255        z = clamp(round(-128 - lo / s))   q in -128..127
+//   symmetric:   s = max |x| / top            z = 0                             q in -top..top
+//   clipped:     s = max |x| c / (top + 1/2)  z = 0                             q in -top-1..top
+//   asymmetric:  s = (hi - lo) / 255          z = clamp(round(-128 - lo / s))   q in -128..127
 //   static:      s and z are given
-//   top = 2^(bits - 1) - 1: 127, or 7 (symmetric only)
+//   top = 2^(bits - 1) - 1: 127, or 7 (symmetric and clipped)
 //   q = clamp(round(x / s) + z)             x' = (q - z) s
 //
 // lo = min(0, min x) and hi = max(0, max x). Rounds half to even and divides by s: CPU results
@@ -19,6 +20,17 @@
 
 namespace fewbit {
 
+struct TokenGrid {
+  bool symmetric;
+  int bits = 8;       // or 4
+  float clip = 0.0f;  // c of the clipped grid; 0: the symmetric or asymmetric one
+
+  FEWBIT_ALWAYS_INLINE float top() const { return float((1 << (bits - 1)) - 1); }
+  FEWBIT_ALWAYS_INLINE float least() const {
+    return symmetric && !(clip > 0.0f) ? -top() : -top() - 1.0f;
+  }
+};
+
 struct QuantizePerToken {
   const void* x;              // [m, columns] of dtype, row-major
   const uint8_t* skip;        // [columns]; or null
@@ -28,10 +40,9 @@ struct QuantizePerToken {
   float* scale;               // [m]
   int32_t* zero_point;        // [m]
   DType dtype;
-  bool symmetric;
+  TokenGrid grid;
   int64_t m;
   int64_t columns;
-  int bits = 8;               // or 4
   uint32_t* words = nullptr;  // [m, columns / 8]: codes of 4 bits go there, not to q
 
   FEWBIT_ALWAYS_INLINE int64_t tasks() const { return m; }
@@ -44,8 +55,6 @@ struct TokenStep {
   float z;  // a whole number
 };
 
-FEWBIT_ALWAYS_INLINE float top_code(int bits) { return float((1 << (bits - 1)) - 1); }
-
 // Word of eight 4-bit codes from two words of int8 codes, columns 0..3 and 4..7.
 FEWBIT_ALWAYS_INLINE uint32_t word_of_fours(uint32_t low, uint32_t high) {
   return (low & 0x0F0F0F0Fu) | (high & 0x0F0F0F0Fu) << 4;
@@ -56,26 +65,27 @@ FEWBIT_ALWAYS_INLINE int8_t four_of_word(uint32_t word, int i) {
   return int8_t(code < 8 ? code : code - 16);
 }
 
-FEWBIT_ALWAYS_INLINE TokenStep token_step(float lo, float hi, bool finite, bool symmetric,
-                                          int bits = 8) {
+FEWBIT_ALWAYS_INLINE TokenStep token_step(float lo, float hi, bool finite, TokenGrid grid) {
   const float top = -lo > hi ? -lo : hi;
   if (!finite) return {float_of(0x7FC00000u), 0.0f};
-  if (!(top > 0.0f)) return {1.0f, symmetric ? 0.0f : -128.0f};
+  if (!(top > 0.0f)) return {1.0f, grid.symmetric ? 0.0f : -128.0f};
   float s;
-  if (symmetric) {
-    s = top / top_code(bits);
+  if (grid.clip > 0.0f) {
+    s = top * grid.clip / (grid.top() + 0.5f);
+  } else if (grid.symmetric) {
+    s = top / grid.top();
   } else {
     const float range = hi - lo;
     s = range <= 3.4028235e38f ? range / 255.0f : hi / 255.0f - lo / 255.0f;
   }
   s = s < 0x1p-126f ? 0x1p-126f : s;  // the least normal number: division by s stays finite
-  if (symmetric) return {s, 0.0f};
+  if (grid.symmetric) return {s, 0.0f};
   const float z = round_even(-128.0f - lo / s);
   return {s, z < -128.0f ? -128.0f : z < 127.0f ? z : 127.0f};
 }
 
-FEWBIT_ALWAYS_INLINE int8_t token_code(float v, TokenStep step, bool symmetric, int bits = 8) {
-  const float top = top_code(bits), least = symmetric ? -top : -top - 1.0f;
+FEWBIT_ALWAYS_INLINE int8_t token_code(float v, TokenStep step, TokenGrid grid) {
+  const float top = grid.top(), least = grid.least();
   const float code = round_even(v / step.s) + step.z;
   const float low = code > least ? code : least;  // a NaN becomes the least code
   return int8_t(low < top ? low : top);
