@@ -1,6 +1,10 @@
 """quarot and spinquant through the pipeline: patched, restored, saved as ordinary weights."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -28,6 +32,8 @@ from fewbit.transforms.spinquant import SpinQuant
 from fewbit.transforms.stiefel import Stiefel
 from fewbit.undo import restore_
 from tiny import probe, tiny
+
+HERE = Path(__file__).parent
 
 
 def apply(model, transform):
@@ -249,6 +255,28 @@ def test_learning_is_deterministic_and_helps():
         results.append(spin)
     assert torch.equal(results[0].r1, results[1].r1)
     assert sum(results[0].losses[-3:]) < sum(results[0].losses[:3])
+
+
+def test_two_processes_learn_the_same_rotation():
+    """The order of a set of strings differs between processes, and so may sums taken in it."""
+    script = (
+        "import hashlib\n"
+        "from test_recipe_rotations import *\n"
+        "spin, model = SpinQuant(steps=3, batch=2, range_steps=4), tiny('llama-gqa')\n"
+        "spin.prepare(model, describe(model), Scheme.parse('w4a4'), WINDOWS.batches)\n"
+        "learned = b''.join(r.numpy().tobytes() for r in (spin.r1, *spin.r2))\n"
+        "print(hashlib.sha256(learned).hexdigest())\n"
+    )
+    runs = [
+        subprocess.Popen(
+            [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            text=True, cwd=HERE, env=os.environ | {"PYTHONHASHSEED": n, "OMP_NUM_THREADS": n},
+        )
+        for n in ("1", "2")
+    ]
+    found = [run.communicate(timeout=120) for run in runs]
+    assert all(run.returncode == 0 for run in runs), found
+    assert len({digest for digest, _ in found}) == 1, found
 
 
 def test_refusals():
