@@ -101,8 +101,11 @@ def candidates(scheme: Scheme) -> list[Recipe]:
     fitted = {"fit_activations": True}
     rotated = [
         build("quarot+qronos", scheme, **fitted),
-        build("smoothquant+quarot+qronos", scheme, alpha="auto", **fitted),
+        build("quarot+smoothquant+qronos", scheme, alpha="auto", **fitted),
     ]
+    if scheme.activation_bits <= 4:  # learning pays only where rotations decide
+        spinquant = build("spinquant+smoothquant+qronos", scheme, alpha="auto", **fitted)
+        rotated = [rotated[1], spinquant]
     # Nothing else quantises the KV cache; few bits do not survive outliers that are only smoothed.
     plain = scheme.kv_bits == FLOAT_BITS and scheme.activation_bits == 8
     return [build("smoothquant+qronos", scheme), *rotated] if plain else rotated

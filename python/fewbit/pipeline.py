@@ -196,6 +196,8 @@ def _layer(
     for transform in recipe.transforms:
         if transform.needs_stats and not transform.last:
             transform.layer(layer, context)
+            if transform.recollect:
+                context.stats, _ = collect(layer, family, inputs, name, floats=floats, keep=False)
     if probe is not None:
         probe.after(layer, name, index)
     float_outputs = None if floats is None else run_layer(layer, floats.inputs)

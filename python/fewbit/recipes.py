@@ -24,6 +24,7 @@ from .transforms import Transform
 from .transforms.activations import QuantizeActivations
 from .transforms.rotate import Rotate
 from .transforms.scale import SearchScale
+from .transforms.shift import Shift
 from .transforms.smooth import Smooth
 from .transforms.spinquant import SpinQuant
 from .tune import Tune
@@ -194,8 +195,9 @@ def quarot(
 
     R1 and R2 are fused. ``online`` transforms, R4 and (for KV bits) R3, serve quantised
     activations; by default they are used exactly there, so that weight-only results load as
-    ordinary models. ``fit_activations``: every input gets the grid, and every MLP R4 or none, with
-    the least output error on calibration; otherwise they are the paper's.
+    ordinary models. ``fit_activations``: means of inputs go into biases, and every input gets the
+    grid, and every MLP R4 or none, with the least output error on calibration; otherwise they are
+    the paper's.
     """
     scheme = Scheme.parse(scheme)
     options = {"seed": seed, "keeps_mean": keeps_mean}
@@ -227,6 +229,8 @@ def spinquant(
 
     scheme = Scheme.parse(scheme)
     options = {"seed": seed, "keeps_mean": keeps_mean}
+    if fit_activations:  # most grids will be asymmetric
+        options |= {"activations": QuantizeActivations(symmetric=False), "shift": True}
     return _rotated("spinquant", scheme, online, fit_activations, make, (), **options)
 
 
@@ -259,8 +263,9 @@ def _rotated(
     r3 = "hadamard" if scheme.kv_bits < FLOAT_BITS else None
     r4 = ("fit" if fit else "random-hadamard") if online else None
     rotate = make(*kinds, r3=r3, r4=r4, **options)
+    shift = (Shift(),) if fit else ()
     last = (QuantizeActivations(fit=fit),) if quantized or r3 else ()
-    return Recipe(name, scheme, (rotate, *last))
+    return Recipe(name, scheme, (rotate, *shift, *last))
 
 
 METHODS: dict[str, Callable[..., Recipe]] = {

@@ -38,6 +38,7 @@ class Method(NamedTuple):
 
 
 FIT = {"fit_activations": True}
+FIT_SMOOTH = {**FIT, "alpha": "auto"}
 WEIGHT_ONLY = (
     Method("rtn", "rtn"),
     Method("mixed 1 %", "mixed"),
@@ -72,9 +73,9 @@ ROTATED = (  # these quantise the KV cache as well
     Method("quarot+qronos", "quarot+qronos"),
     Method("spinquant", "spinquant", {"weights": True}),
     Method("spinquant+gptq", "spinquant+gptq"),
-    Method("spinquant+qronos", "spinquant+qronos"),
     Method("quarot+qronos fitted", "quarot+qronos", FIT),
-    Method("smooth+quarot+qronos fitted", "smoothquant+quarot+qronos", {**FIT, "alpha": "auto"}),
+    Method("quarot+smooth+qronos fitted", "quarot+smoothquant+qronos", FIT_SMOOTH),
+    Method("spinquant+smooth+qronos fitted", "spinquant+smoothquant+qronos", FIT_SMOOTH),
     Method("auto", "auto"),
     Method("auto+tune 512", "auto+tune", samples=512),
 )

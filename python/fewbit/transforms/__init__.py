@@ -40,6 +40,7 @@ class Transform:
     """Base class of scale, fold and rotate transforms."""
 
     needs_stats = False  # True: ``layer`` reads context.stats; the others run before calibration
+    recollect = False  # True: ``layer`` leaves context.stats behind; they are collected again
     needs_tokens = False  # True: ``prepare`` reads calibration tokens
     last = False  # True: ``layer`` changes the layer after its linears are packed
     quantizes_activations = False  # True: makes the scheme's activation and KV bits come true

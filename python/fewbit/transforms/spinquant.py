@@ -31,6 +31,7 @@ from .edges import inner_channels
 from .fold import FoldNorm, norm_readers
 from .ranges import sample_inputs
 from .rotate import Rotate
+from .shift import shift_model
 from .stiefel import OPTIMIZERS, Stiefel
 
 LOSSES = ("kl", "ce")
@@ -42,6 +43,8 @@ class SpinQuant(Rotate):
     ``range_steps`` of fitting to activations, then ``steps`` of ``batch`` windows each through the
     network, learning rate falling linearly to 0; ``weights``: learn with quantised weights too, for
     rounding to nearest (without, for GPTQ, which repairs weights itself).
+    ``activations``: the grids that are learned for; ``shift``: on inputs whose means will go into
+    biases (shift.py).
 
     ``threads``: of the learning; a fixed number makes the result the same on any machine with the
     same libraries.
@@ -66,6 +69,7 @@ class SpinQuant(Rotate):
         keeps_mean: bool = True,
         threads: int = 1,
         activations: QuantizeActivations | None = None,
+        shift: bool = False,
     ) -> None:
         super().__init__(r1, r2, r3, r4, seed, keeps_mean)
         if optimizer not in OPTIMIZERS:
@@ -81,10 +85,11 @@ class SpinQuant(Rotate):
         self.lr = lr if lr is not None else (0.001 if optimizer == "cayley-adam" else 1.5)
         self.optimizer, self.loss, self.start = optimizer, loss, (r1, r2)
         self.activations = activations or QuantizeActivations()
-        self.range_steps, self.losses = range_steps, []
+        self.range_steps, self.shift, self.losses = range_steps, shift, []
 
     def to_dict(self) -> dict:
-        keys = ("range_steps", "steps", "lr", "batch", "weights", "optimizer", "loss", "start")
+        keys = ("range_steps", "steps", "lr", "batch", "weights", "optimizer", "loss", "start",
+                "shift")
         own = {key: getattr(self, key) for key in keys}
         return {**super().to_dict(), "name": "SpinQuant", **own}
 
@@ -139,8 +144,11 @@ class _Twin:
         fold = FoldNorm(centre=not keep)
         with torch.no_grad():
             for transform in (fold, fixed, spin.activations):
-                if transform is spin.activations and spin.range_steps:
-                    inputs = sample_inputs(self.model, family, batches)
+                if transform is spin.activations:
+                    if spin.shift:
+                        shift_model(self.model, family, batches)
+                    if spin.range_steps:
+                        inputs = sample_inputs(self.model, family, batches)
                 transform.outside(self.model, family)
                 for index, layer in enumerate(decoder_layers(self.model, family)):
                     transform.layer(layer, LayerContext(index, family, config, scheme, {}))
