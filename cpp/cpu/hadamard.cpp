@@ -10,22 +10,23 @@ constexpr int lane_stages = F32::width == 16 ? 4 : F32::width == 8 ? 3 : 0;
 constexpr int max_radix = F32::width == 16 ? 4 : 3;
 constexpr int64_t few = 16;  // columns that every step of a base can take
 
-// Asks for the next row, a few lines at a time while this one is written: memory reads and writes
-// at once, and rests while neither is done.
+// Asks for the next row, as many lines in each of `passes` passes over this one as they work on:
+// memory, which rests while a pass runs in the caches, is then never the slowest.
 struct Ahead {
   const char* at;
   const char* end;
+  int passes;
+  int owed = 0;
   FEWBIT_INLINE_MEMBER void step(int lines) {
-    for (int i = 0; i < lines && at < end; ++i, at += line) __builtin_prefetch(at, 0, 2);
+    for (owed += lines; owed >= passes && at < end; owed -= passes, at += line)
+      __builtin_prefetch(at);
   }
 };
 
-// Where results go: times `scale`, and past the caches if they are float32 and `past`. The last
-// step of a row is the one that writes y.
+// Where results go: times `scale`, and past the caches if they are float32 and `past`.
 struct Finish {
   float scale;
   bool past;
-  bool last = true;
   template <class T>
   FEWBIT_INLINE_MEMBER void put(F32 v, T* to) const {
     if (scale != 1.0f) v = v * F32::set(scale);
@@ -34,7 +35,7 @@ struct Finish {
     v.store(to);
   }
 };
-constexpr Finish keep{1.0f, false, false};
+constexpr Finish keep{1.0f, false};
 
 // Butterflies across count vectors, on strides half, 2 half, .. count / 2.
 template <int count, int half>
@@ -51,22 +52,57 @@ FEWBIT_INLINE void across(F32 (&v)[count]) {
   }
 }
 
+// Where a pass reads.
+template <class T>
+struct Source {
+  const T* at;
+  const float* signs;  // or null
+  FEWBIT_INLINE_MEMBER F32 load(int64_t i) const {
+    const F32 v = F32::load(at + i);
+    return signs ? v * F32::load(signs + i) : v;
+  }
+};
+
+constexpr int64_t block = int64_t(1) << block_stages;
+
+// Block `which` of 2^stages after the butterflies on strides of a block and more, done as it is
+// read. To store them first would cost each line two more moves between the first and the second
+// cache; from eight blocks on, reading all of them for one costs more than that.
+template <int stages, class T>
+struct Folded {
+  static constexpr int count = 1 << stages;
+  Source<T> from;
+  float sign[stages];  // of the second input on stride block << i
+
+  FEWBIT_INLINE_MEMBER Folded(Source<T> from, int64_t which) : from(from) {
+    for (int i = 0; i < stages; ++i) sign[i] = which >> i & 1 ? -1.0f : 1.0f;
+  }
+  FEWBIT_INLINE_MEMBER F32 load(int64_t i) const {
+    F32 v[count];
+#pragma GCC unroll 16
+    for (int r = 0; r < count; ++r) v[r] = from.load(i + r * block);
+#pragma GCC unroll 16
+    for (int s = 0; s < stages; ++s)
+#pragma GCC unroll 16
+      for (int r = 0; r < count >> (s + 1); ++r) v[r] = v[2 * r] + v[2 * r + 1] * F32::set(sign[s]);
+    return v[0];
+  }
+};
+
 // One pass: `radix` stages on strides first, 2 first, .. over [0, n); with `lanes`, the stages
 // inside a vector come first (and the strides start at one vector).
 template <int radix, bool lanes, class In, class Out>
-FEWBIT_INLINE void pass(const In* in, Out* out, int64_t n, int64_t first, const float* signs,
-                        Finish finish, Ahead& ahead) {
+FEWBIT_INLINE void pass(In in, Out* out, int64_t n, int64_t first, Finish finish, Ahead& ahead) {
   constexpr int count = 1 << radix;
   for (int64_t b = 0; b < n; b += first * count) {
     for (int64_t j = b; j < b + first; j += F32::width) {
       F32 v[count];
 #pragma GCC unroll 16
       for (int r = 0; r < count; ++r) {
-        v[r] = F32::load(in + j + r * first);
-        if (signs) v[r] = v[r] * F32::load(signs + j + r * first);
+        v[r] = in.load(j + r * first);
         if constexpr (lanes) v[r] = butterflies<lane_stages>(v[r]);
       }
-      if (!lanes && finish.last) ahead.step(count * F32::width / 16);
+      ahead.step(count * F32::width / 16);
       across<count, 1>(v);
 #pragma GCC unroll 16
       for (int r = 0; r < count; ++r) finish.put(v[r], out + j + r * first);
@@ -75,61 +111,65 @@ FEWBIT_INLINE void pass(const In* in, Out* out, int64_t n, int64_t first, const 
 }
 
 template <bool lanes, class In, class Out>
-FEWBIT_INLINE void pass_of(int radix, const In* in, Out* out, int64_t n, int64_t first,
-                           const float* signs, Finish finish, Ahead& ahead) {
+FEWBIT_INLINE void pass_of(int radix, In in, Out* out, int64_t n, int64_t first, Finish finish,
+                           Ahead& ahead) {
   switch (radix) {
-    case 0: pass<0, lanes>(in, out, n, first, signs, finish, ahead); break;
-    case 1: pass<1, lanes>(in, out, n, first, signs, finish, ahead); break;
-    case 2: pass<2, lanes>(in, out, n, first, signs, finish, ahead); break;
-    case 3: pass<3, lanes>(in, out, n, first, signs, finish, ahead); break;
+    case 0: pass<0, lanes>(in, out, n, first, finish, ahead); break;
+    case 1: pass<1, lanes>(in, out, n, first, finish, ahead); break;
+    case 2: pass<2, lanes>(in, out, n, first, finish, ahead); break;
+    case 3: pass<3, lanes>(in, out, n, first, finish, ahead); break;
     case 4:
-      if constexpr (max_radix >= 4) pass<4, lanes>(in, out, n, first, signs, finish, ahead);
+      if constexpr (max_radix >= 4) pass<4, lanes>(in, out, n, first, finish, ahead);
       break;
   }
 }
 
-// x H_{2^k} of one stretch that stays in L1, unnormalised; 2^k >= F32::width.
-template <class In, class Out>
-static void sylvester_in_block(const In* in, float* buffer, Out* out, int k, const float* signs,
-                               Finish finish, Ahead& ahead) {
-  const int64_t n = int64_t(1) << k;
-  int left = k - lane_stages;  // strides of one vector and more
-  int64_t first = F32::width;
-  bool begun = false;
-  do {
-    // Even passes: 10 stages are 4 + 3 + 3 rather than 4 + 4 + 2.
-    const int passes = left ? (left + max_radix - 1) / max_radix : 1;
-    const int radix = (left + passes - 1) / passes;
-    left -= radix;
-    if (!begun && left == 0)
-      pass_of<true>(radix, in, out, n, first, signs, finish, ahead);
-    else if (!begun)
-      pass_of<true>(radix, in, buffer, n, first, signs, keep, ahead);
-    else if (left == 0)
-      pass_of<false>(radix, buffer, out, n, first, nullptr, finish, ahead);
-    else
-      pass_of<false>(radix, buffer, buffer, n, first, nullptr, keep, ahead);
-    first <<= radix;
-    begun = true;
-  } while (left > 0);
+// Passes over a stretch of 2^k that stays in L1.
+FEWBIT_INLINE int passes_of(int k) {
+  const int left = k - lane_stages;  // strides of one vector and more
+  return left > 0 ? (left + max_radix - 1) / max_radix : 1;
 }
 
-// The same of any stretch: the strides of a block and more first, so that y is written in order.
+// x H_{2^k} of one stretch that stays in L1, unnormalised; 2^k >= F32::width.
 template <class In, class Out>
-static void sylvester(const In* in, float* buffer, Out* out, int k, const float* signs,
-                      Finish finish, Ahead& ahead) {
-  constexpr int64_t block = int64_t(1) << block_stages;
-  static_assert(Hadamard::max_width == block << 3);
+static void sylvester_in_block(In in, float* buffer, Out* out, int k, Finish finish, Ahead& ahead) {
   const int64_t n = int64_t(1) << k;
-  if (n <= block) return sylvester_in_block(in, buffer, out, k, signs, finish, ahead);
-  switch (k - block_stages) {
-    case 1: pass<1, false>(in, buffer, n, block, signs, keep, ahead); break;
-    case 2: pass<2, false>(in, buffer, n, block, signs, keep, ahead); break;
-    case 3: pass<3, false>(in, buffer, n, block, signs, keep, ahead); break;
+  const Source<float> again{buffer, nullptr};
+  int64_t first = F32::width;
+  int left = k - lane_stages;
+  for (int passes = passes_of(k), p = 0; p < passes; ++p) {
+    // Even passes: 10 stages are 4 + 3 + 3 rather than 4 + 4 + 2.
+    const int radix = (left + passes - p - 1) / (passes - p);
+    const bool last = p + 1 == passes;
+    left -= radix;
+    if (p == 0 && last)
+      pass_of<true>(radix, in, out, n, first, finish, ahead);
+    else if (p == 0)
+      pass_of<true>(radix, in, buffer, n, first, keep, ahead);
+    else if (last)
+      pass_of<false>(radix, again, out, n, first, finish, ahead);
+    else
+      pass_of<false>(radix, again, buffer, n, first, keep, ahead);
+    first <<= radix;
   }
-  alignas(64) float part[block];  // in place, the buffer would leave L1 twice
-  for (int64_t b = 0; b < n; b += block)
-    sylvester_in_block(buffer + b, part, out + b, block_stages, nullptr, finish, ahead);
+}
+
+// The same of any stretch; out is not what is read, but may be the buffer.
+template <class T, class Out>
+static void sylvester(Source<T> in, float* buffer, Out* out, int k, Finish finish, Ahead& ahead) {
+  static_assert(Hadamard::max_width == block << 3);
+  if (k <= block_stages) return sylvester_in_block(in, buffer, out, k, finish, ahead);
+  alignas(64) float part[block];
+  const auto block_of = [&](auto from, int64_t b) {
+    sylvester_in_block(from, part, out + b * block, block_stages, finish, ahead);
+  };
+  const int64_t blocks = int64_t(1) << (k - block_stages);
+  if (blocks == 8) pass<3, false>(in, buffer, 8 * block, block, keep, ahead);
+  for (int64_t b = 0; b < blocks; ++b) switch (blocks) {
+      case 2: block_of(Folded<1, T>(in, b), b); break;
+      case 4: block_of(Folded<2, T>(in, b), b); break;
+      case 8: block_of(Source<float>{buffer + b * block, nullptr}, b); break;
+    }
 }
 
 // The same for 2^k below a vector, on all stretches of a row.
@@ -209,7 +249,7 @@ static void by_patterns(const HadamardBase& base, const float* z, int64_t from, 
           for (int v = 0; v < vectors; ++v)
             sum[i][v] = sum[i][v] + F32::load(entry + v * F32::width);
         }
-      if (end && finish.last) ahead.step(outputs * lanes / 16);
+      if (end) ahead.step(outputs * lanes / 16);
       for (int i = 0; i < here; ++i)
         for (int v = 0; v < vectors; ++v) {
           if (!end) {
@@ -251,7 +291,7 @@ static void by_products(const HadamardBase& base, const float* z, int64_t from, 
         for (int v = 0; v < vectors; ++v) sum[i][v] = fma(x[v], b, sum[i][v]);
       }
     }
-    if (finish.last) ahead.step(outputs * columns / 16);
+    ahead.step(outputs * columns / 16);
     for (int i = 0; i < here; ++i)
       for (int v = 0; v < vectors; ++v) finish.put(sum[i][v], y + (o + i) * to + v * F32::width);
   }
@@ -362,10 +402,14 @@ static void rows(const Hadamard& a, int64_t begin, int64_t end) {
   alignas(64) float spare[Hadamard::max_width];  // by_products cannot write where it reads
   const int64_t n = int64_t(1) << a.k;
   const Finish finish{a.scale, a.past};
+  const int passes =
+      passes_of(a.k < block_stages ? a.k : block_stages) + (n > 4 * block) + int(a.count);
   for (int64_t r = begin; r < end; ++r) {
     const T* x = static_cast<const T*>(a.x) + r * a.width;
     T* y = static_cast<T*>(a.y) + r * a.width;
-    Ahead ahead{(const char*)(x + a.width), (const char*)(x + (r + 1 < end ? 2 : 1) * a.width)};
+    Ahead ahead{(const char*)(x + a.width), (const char*)(x + (r + 1 < end ? 2 : 1) * a.width),
+                passes};
+    const Source<T> in{x, a.signs};
     if (a.k < lane_stages) {
       if (a.k == 0)
         short_sylvester<0>(x, z, a.width, a.signs);
@@ -378,12 +422,13 @@ static void rows(const Hadamard& a, int64_t begin, int64_t end) {
       if (a.count == 0)
         for (int64_t i = 0; i < a.width; ++i) from_float(z[i] * a.scale, y + i);
     } else if (a.count == 0) {
-      sylvester(x, z, y, a.k, a.signs, finish, ahead);
+      sylvester(in, z, y, a.k, finish, ahead);
     } else if (a.k <= lane_stages + max_radix) {  // all stretches in one pass
-      pass_of<true>(a.k - lane_stages, x, z, a.width, F32::width, a.signs, keep, ahead);
+      pass_of<true>(a.k - lane_stages, in, z, a.width, F32::width, keep, ahead);
     } else {
       for (int64_t b = 0; b < a.width; b += n)
-        sylvester(x + b, z + b, z + b, a.k, a.signs ? a.signs + b : a.signs, keep, ahead);
+        sylvester(Source<T>{x + b, a.signs ? a.signs + b : nullptr}, z + b, z + b, a.k, keep,
+                  ahead);
     }
     float* from = z;
     int64_t inner = n;
