@@ -64,26 +64,74 @@ struct UnitRows {
   }
 };
 
-// A tile is what moves between rows and lanes at a time: a cache line of codes, whole units of
-// every width, of F32::width rows.
-constexpr int tile_columns = 64, tile_quads = tile_columns / 4;
+// A tile is what moves between rows and lanes at a time: a cache line of codes of F32::width rows,
+// `stride` bytes apart, as whole units.
+constexpr int tile_columns = 64;
+template <int bits>
+constexpr int tile_units = tile_columns / UnitRows<bits>::columns;
 
-// t[j]: columns 4 j .. 4 j + 3 of F32::width rows, `stride` bytes apart, one row a lane.
-FEWBIT_INLINE void load_tile(const uint8_t* q, int64_t stride, U32 (&t)[tile_quads]) {
-  for (int j = 0; j < tile_quads; j += F32::width) {
-    U32 square[F32::width];
-    for (int i = 0; i < F32::width; ++i)
-      square[i] = load_u32((const uint32_t*)(q + i * stride + 4 * j));
-    transpose(square);
-    for (int i = 0; i < F32::width; ++i) t[j + i] = square[i];
+// Also ors the codes into the bytes of `all`.
+template <int bits>
+FEWBIT_INLINE void load_tile(const uint8_t* q, int64_t stride,
+                             UnitRows<bits> (&unit)[tile_units<bits>], U32& all) {
+  using Unit = UnitRows<bits>;
+  const auto load = [&](int row, int column) {
+    const U32 codes = load_u32((const uint32_t*)(q + row * stride + column));
+    all = all | codes;
+    return codes;
+  };
+#if FEWBIT_ISA_LEVEL >= 1
+  if constexpr (bits == 4) {  // half as many words change places as there are quads
+    constexpr int half = F32::width / 2;
+    for (int u = 0; u < tile_units<bits>; u += half) {
+      U32 square[half];
+      for (int i = 0; i < half; ++i)
+        square[i] = merge(load(2 * i, u * Unit::columns), load(2 * i + 1, u * Unit::columns));
+      transpose(square);
+      for (int i = 0; i < half; ++i) unit[u + i].w[0] = square[i];
+    }
+    return;
   }
-}
-FEWBIT_INLINE void store_tile(const U32 (&t)[tile_quads], uint8_t* q, int64_t stride) {
-  for (int j = 0; j < tile_quads; j += F32::width) {
+#endif
+  U32 quads[tile_columns / 4];
+  for (int j = 0; j < tile_columns / 4; j += F32::width) {
     U32 square[F32::width];
-    for (int i = 0; i < F32::width; ++i) square[i] = t[j + i];
+    for (int i = 0; i < F32::width; ++i) square[i] = load(i, 4 * j);
     transpose(square);
-    for (int i = 0; i < F32::width; ++i) square[i].store((uint32_t*)(q + i * stride + 4 * j));
+    for (int i = 0; i < F32::width; ++i) quads[j + i] = square[i];
+  }
+  for (int u = 0; u < tile_units<bits>; ++u) unit[u] = Unit::of(quads + u * (Unit::columns / 4));
+}
+template <int bits>
+FEWBIT_INLINE void store_tile(const UnitRows<bits> (&unit)[tile_units<bits>], uint8_t* q,
+                              int64_t stride) {
+  using Unit = UnitRows<bits>;
+  const auto store = [&](U32 codes, int row, int column) {
+    codes.store((uint32_t*)(q + row * stride + column));
+  };
+#if FEWBIT_ISA_LEVEL >= 1
+  if constexpr (bits == 4) {
+    constexpr int half = F32::width / 2;
+    for (int u = 0; u < tile_units<bits>; u += half) {
+      U32 square[half];
+      for (int i = 0; i < half; ++i) square[i] = unit[u + i].w[0];
+      transpose(square);
+      for (int i = 0; i < half; ++i) {
+        U32 a, b;
+        split(square[i], a, b);
+        store(a, 2 * i, u * Unit::columns);
+        store(b, 2 * i + 1, u * Unit::columns);
+      }
+    }
+    return;
+  }
+#endif
+  constexpr int quads = Unit::columns / 4;
+  for (int j = 0; j < tile_columns / 4; j += F32::width) {
+    U32 square[F32::width];
+    for (int i = 0; i < F32::width; ++i) square[i] = unit[(j + i) / quads].quad((j + i) % quads);
+    transpose(square);
+    for (int i = 0; i < F32::width; ++i) store(square[i], i, 4 * j);
   }
 }
 

@@ -4,16 +4,39 @@
 
 namespace fewbit::cpu::FEWBIT_ISA {
 
+// A scale or zero point of each row, one group of [rows, groups], to [16].
+template <class T>
+FEWBIT_INLINE void to_lanes(const void* in, int64_t from, int64_t groups, int64_t rows, void* out,
+                            int64_t to) {
+  T lanes[panel_rows];
+  if (rows == panel_rows)
+    for (int64_t r = 0; r < panel_rows; ++r)
+      lanes[r] = static_cast<const T*>(in)[from + r * groups];
+  else
+    for (int64_t r = 0; r < panel_rows; ++r)
+      lanes[r] = r < rows ? static_cast<const T*>(in)[from + r * groups] : T(0);
+  __builtin_memcpy(static_cast<T*>(out) + to, lanes, sizeof lanes);
+}
+
 // Returns the panel's codes ored together, a byte each. `rows` of its 16 exist.
 template <int bits>
 static uint32_t pack_panel(const Pack& a, int64_t panel, int64_t rows) {
   using Unit = UnitRows<bits>;
-  constexpr int quads = Unit::columns / 4, units = tile_quads / quads;
+  constexpr int units = tile_units<bits>;
   constexpr int64_t ahead = 1024;  // bytes of a row: sixteen streams, some asked for early
   const PackedLayout& l = a.layout;
+  const int64_t groups = l.groups(), first = panel * panel_rows * groups;
+  ask(static_cast<const char*>(a.scale) + first * a.scale_bytes, rows * groups * a.scale_bytes);
+  ask(a.zero_point + first, rows * groups);
   uint32_t* out = a.packed + panel * l.panel_words();
   U32 all = U32::zero();
-  for (int64_t g = 0; g < l.groups(); ++g) {
+  for (int64_t g = 0; g < groups; ++g) {
+    const int64_t lanes = first + g * panel_rows;
+    to_lanes<uint8_t>(a.zero_point, first + g, groups, rows, a.panel_zero_point, lanes);
+    if (a.scale_bytes == 4)
+      to_lanes<uint32_t>(a.scale, first + g, groups, rows, a.panel_scale, lanes);
+    else
+      to_lanes<uint16_t>(a.scale, first + g, groups, rows, a.panel_scale, lanes);
     const int64_t n = group_length(l, g);
     const uint8_t* q = a.q + panel * panel_rows * l.columns + group_start(l, g);
     for (int64_t k = 0; k < n; k += tile_columns) {
@@ -32,14 +55,11 @@ static uint32_t pack_panel(const Pack& a, int64_t panel, int64_t rows) {
       }
       alignas(line) uint32_t words[units * Unit::words * panel_rows];
       for (int64_t r = 0; r < panel_rows; r += F32::width) {
-        U32 t[tile_quads];
-        load_tile(from + r * stride, stride, t);
-        for (const U32& quad : t) all = all | quad;
-        for (int u = 0; u < units; ++u) {
-          const Unit unit = Unit::of(t + u * quads);
+        Unit unit[units];
+        load_tile(from + r * stride, stride, unit, all);
+        for (int u = 0; u < units; ++u)
           for (int i = 0; i < Unit::words; ++i)
-            unit.w[i].store(words + (u * Unit::words + i) * panel_rows + r);
-        }
+            unit[u].w[i].store(words + (u * Unit::words + i) * panel_rows + r);
       }
       const int64_t lines = ceil_div(here, Unit::columns) * Unit::words;
       put_lines(words, out, lines, a.stream);
@@ -65,18 +85,6 @@ void kernel(const Pack& a, int64_t begin, int64_t end) {
       case 8: any = pack_panel<8>(a, panel, rows); break;
     }
     a.all[panel] = uint8_t(any | any >> 8 | any >> 16 | any >> 24);
-    for (int64_t g = 0; g < l.groups(); ++g)
-      for (int64_t r = 0; r < panel_rows; ++r) {
-        const int64_t to = (panel * l.groups() + g) * panel_rows + r;
-        const int64_t from = (first + r) * l.groups() + g;
-        a.panel_zero_point[to] = r < rows ? a.zero_point[from] : uint8_t(0);
-        if (a.scale_bytes == 4)
-          static_cast<uint32_t*>(a.panel_scale)[to] =
-              r < rows ? static_cast<const uint32_t*>(a.scale)[from] : 0u;
-        else
-          static_cast<uint16_t*>(a.panel_scale)[to] =
-              r < rows ? static_cast<const uint16_t*>(a.scale)[from] : uint16_t(0);
-      }
   }
   stream_end();
 }

@@ -15,10 +15,7 @@ static void rows(const Quantize& a, int64_t begin, int64_t end) {
                     a.zero_point[r * a.groups + group] = uint8_t(g.z);
                     const StepLanes steps(g);
                     put_pieces<uint8_t>(n, a.stream, q, [&](int64_t k, int64_t c, uint8_t* to) {
-                      int64_t i = 0;
-                      for (; i + F32::width <= c; i += F32::width)
-                        code(F32::load(w + k + i), steps).store(to + i);
-                      for (; i < c; ++i) to[i] = uint8_t(code(to_float(w[k + i]), g));
+                      codes(w + k, c, g, steps, to);
                     });
                   });
 }

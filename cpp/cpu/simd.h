@@ -74,6 +74,9 @@ struct F32 {
     _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(v)));
   }
   FEWBIT_INLINE_MEMBER void store(int8_t* p) const { store((uint8_t*)p); }  // -128..127
+  FEWBIT_INLINE_MEMBER void store_low_byte(uint8_t* p) const {
+    _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(_mm512_castps_si512(v)));
+  }
 };
 
 FEWBIT_INLINE F32 operator+(F32 a, F32 b) { return {_mm512_add_ps(a.v, b.v)}; }
@@ -140,6 +143,16 @@ FEWBIT_INLINE F64 round(F64 a) {
 }
 FEWBIT_INLINE F64 fma(F64 a, F64 b, F64 c) { return {_mm512_fmadd_pd(a.v, b.v, c.v)}; }
 
+// The quarters of four vectors, as a matrix.
+FEWBIT_INLINE void transpose_quarters(__m512i a, __m512i b, __m512i c, __m512i d, U32* out,
+                                      int step) {
+  const __m512i even0 = _mm512_shuffle_i32x4(a, b, 0x88), even1 = _mm512_shuffle_i32x4(c, d, 0x88);
+  const __m512i odd0 = _mm512_shuffle_i32x4(a, b, 0xDD), odd1 = _mm512_shuffle_i32x4(c, d, 0xDD);
+  out[0].v = _mm512_shuffle_i32x4(even0, even1, 0x88);
+  out[step].v = _mm512_shuffle_i32x4(odd0, odd1, 0x88);
+  out[2 * step].v = _mm512_shuffle_i32x4(even0, even1, 0xDD);
+  out[3 * step].v = _mm512_shuffle_i32x4(odd0, odd1, 0xDD);
+}
 // Lane j of vector i becomes lane i of vector j.
 FEWBIT_INLINE void transpose(U32 (&a)[16]) {
   __m512i t[16], u[16];
@@ -152,16 +165,32 @@ FEWBIT_INLINE void transpose(U32 (&a)[16]) {
       u[i + 2 * k] = _mm512_unpacklo_epi64(t[i + k], t[i + k + 2]);
       u[i + 2 * k + 1] = _mm512_unpackhi_epi64(t[i + k], t[i + k + 2]);
     }
-  for (int k = 0; k < 4; ++k) {  // quarters of the vectors, as a 4 x 4 matrix
-    const __m512i even0 = _mm512_shuffle_i32x4(u[k], u[4 + k], 0x88);
-    const __m512i even1 = _mm512_shuffle_i32x4(u[8 + k], u[12 + k], 0x88);
-    const __m512i odd0 = _mm512_shuffle_i32x4(u[k], u[4 + k], 0xDD);
-    const __m512i odd1 = _mm512_shuffle_i32x4(u[8 + k], u[12 + k], 0xDD);
-    a[k].v = _mm512_shuffle_i32x4(even0, even1, 0x88);
-    a[4 + k].v = _mm512_shuffle_i32x4(odd0, odd1, 0x88);
-    a[8 + k].v = _mm512_shuffle_i32x4(even0, even1, 0xDD);
-    a[12 + k].v = _mm512_shuffle_i32x4(odd0, odd1, 0xDD);
+  for (int k = 0; k < 4; ++k) transpose_quarters(u[k], u[4 + k], u[8 + k], u[12 + k], a + k, 4);
+}
+// The same of pairs of lanes.
+FEWBIT_INLINE void transpose(U32 (&a)[8]) {
+  __m512i t[8];
+  for (int i = 0; i < 8; i += 2) {
+    t[i] = _mm512_unpacklo_epi64(a[i].v, a[i + 1].v);
+    t[i + 1] = _mm512_unpackhi_epi64(a[i].v, a[i + 1].v);
   }
+  for (int k = 0; k < 2; ++k) transpose_quarters(t[k], t[2 + k], t[4 + k], t[6 + k], a + k, 2);
+}
+
+// Lane 2 i becomes a[2 i] | a[2 i + 1] << 4, lane 2 i + 1 the same of b; the top 4 bits of every
+// lane are 0.
+FEWBIT_INLINE U32 merge(U32 a, U32 b) {
+  const __m512i low = _mm512_or_si512(a.v, _mm512_srli_epi64(a.v, 28));
+  return {_mm512_mask_or_epi32(low, 0xAAAA, _mm512_slli_epi64(b.v, 32), _mm512_slli_epi64(b.v, 4))};
+}
+// The inverse, of lanes whose bytes are two fields of 4 bits.
+FEWBIT_INLINE void split(U32 merged, U32& a, U32& b) {
+  const __m512i v = merged.v, field = _mm512_set1_epi8(15);
+  const auto both = [&](__m512i low, __m512i high) -> U32 {
+    return {_mm512_mask_and_epi32(_mm512_and_si512(low, field), 0xAAAA, high, field)};
+  };
+  a = both(v, _mm512_slli_epi64(v, 28));
+  b = both(_mm512_srli_epi64(v, 32), _mm512_srli_epi64(v, 4));
 }
 
 FEWBIT_INLINE U32 load_u32(const uint32_t* p) { return {_mm512_loadu_si512(p)}; }
@@ -283,6 +312,11 @@ struct F32 {
     const __m128i w = _mm_packs_epi32(_mm256_castsi256_si128(i), _mm256_extracti128_si256(i, 1));
     _mm_storel_epi64((__m128i*)p, _mm_packs_epi16(w, w));
   }
+  FEWBIT_INLINE_MEMBER void store_low_byte(uint8_t* p) const {
+    const __m256i i = _mm256_and_si256(_mm256_castps_si256(v), _mm256_set1_epi32(255));
+    const __m128i w = _mm_packus_epi32(_mm256_castsi256_si128(i), _mm256_extracti128_si256(i, 1));
+    _mm_storel_epi64((__m128i*)p, _mm_packus_epi16(w, w));
+  }
 };
 
 FEWBIT_INLINE F32 operator+(F32 a, F32 b) { return {_mm256_add_ps(a.v, b.v)}; }
@@ -367,6 +401,30 @@ FEWBIT_INLINE void transpose(U32 (&a)[8]) {
   }
 }
 
+FEWBIT_INLINE void transpose(U32 (&a)[4]) {
+  __m256i t[4];
+  for (int i = 0; i < 4; i += 2) {
+    t[i] = _mm256_unpacklo_epi64(a[i].v, a[i + 1].v);
+    t[i + 1] = _mm256_unpackhi_epi64(a[i].v, a[i + 1].v);
+  }
+  for (int k = 0; k < 2; ++k) {
+    a[k].v = _mm256_permute2x128_si256(t[k], t[2 + k], 0x20);
+    a[2 + k].v = _mm256_permute2x128_si256(t[k], t[2 + k], 0x31);
+  }
+}
+
+FEWBIT_INLINE U32 merge(U32 a, U32 b) {
+  const __m256i low = _mm256_or_si256(a.v, _mm256_srli_epi64(a.v, 28));
+  const __m256i high = _mm256_or_si256(_mm256_slli_epi64(b.v, 32), _mm256_slli_epi64(b.v, 4));
+  return {_mm256_blend_epi32(low, high, 0xAA)};
+}
+FEWBIT_INLINE void split(U32 merged, U32& a, U32& b) {
+  const __m256i v = merged.v, field = _mm256_set1_epi8(15);
+  a.v = _mm256_and_si256(_mm256_blend_epi32(v, _mm256_slli_epi64(v, 28), 0xAA), field);
+  b.v = _mm256_blend_epi32(_mm256_srli_epi64(v, 32), _mm256_srli_epi64(v, 4), 0xAA);
+  b.v = _mm256_and_si256(b.v, field);
+}
+
 FEWBIT_INLINE U32 load_u32(const uint32_t* p) { return {_mm256_loadu_si256((const __m256i*)p)}; }
 FEWBIT_INLINE U32 operator>>(U32 a, int n) { return {_mm256_srli_epi32(a.v, n)}; }
 FEWBIT_INLINE U32 operator<<(U32 a, int n) { return {_mm256_slli_epi32(a.v, n)}; }
@@ -431,6 +489,7 @@ struct F32 {
   FEWBIT_INLINE_MEMBER void stream(float* p) const { *p = v; }
   FEWBIT_INLINE_MEMBER void store(uint8_t* p) const { *p = uint8_t(v); }
   FEWBIT_INLINE_MEMBER void store(int8_t* p) const { *p = int8_t(v); }
+  FEWBIT_INLINE_MEMBER void store_low_byte(uint8_t* p) const { *p = uint8_t(bits_of(v)); }
 };
 
 FEWBIT_INLINE F32 operator+(F32 a, F32 b) { return {a.v + b.v}; }
@@ -522,6 +581,11 @@ constexpr int64_t line = 64;  // bytes of a cache line
 // Asks for what lies 8 KiB behind p. A kernel that works on a stream as it reads it otherwise waits
 // for memory: what the hardware fetches by itself ends with the page.
 FEWBIT_INLINE void ask_ahead(const void* p) { __builtin_prefetch((const char*)p + 8192); }
+
+// Asks for `bytes` from p on, which are met in another order than they lie.
+FEWBIT_INLINE void ask(const void* p, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += line) __builtin_prefetch((const char*)p + i);
+}
 
 // Copies `lines` cache lines to aligned memory without reading it first and without displacing what
 // the caches hold: for results larger than they are. stream_end() before others may read them.

@@ -4,14 +4,31 @@
 
 namespace fewbit::cpu::FEWBIT_ISA {
 
+// A scale or zero point of each row from [16] to one group of [rows, groups].
+template <class T>
+FEWBIT_INLINE void from_lanes(const void* in, int64_t from, void* out, int64_t to, int64_t groups,
+                              int64_t rows) {
+  for (int64_t r = 0; r < rows; ++r)
+    static_cast<T*>(out)[to + r * groups] = static_cast<const T*>(in)[from + r];
+}
+
 // `rows` of the panel's 16 exist.
 template <int bits>
 static void unpack_panel(const Unpack& a, int64_t panel, int64_t rows) {
   using Unit = UnitRows<bits>;
-  constexpr int quads = Unit::columns / 4, units = tile_quads / quads;
+  constexpr int units = tile_units<bits>;
   const PackedLayout& l = a.layout;
+  const int64_t groups = l.groups(), first = panel * panel_rows * groups;
+  ask(static_cast<char*>(a.scale) + first * a.scale_bytes, rows * groups * a.scale_bytes);
+  ask(a.zero_point + first, rows * groups);
   const uint32_t* in = a.packed + panel * l.panel_words();
-  for (int64_t g = 0; g < l.groups(); ++g) {
+  for (int64_t g = 0; g < groups; ++g) {
+    const int64_t lanes = first + g * panel_rows;
+    from_lanes<uint8_t>(a.panel_zero_point, lanes, a.zero_point, first + g, groups, rows);
+    if (a.scale_bytes == 4)
+      from_lanes<uint32_t>(a.panel_scale, lanes, a.scale, first + g, groups, rows);
+    else
+      from_lanes<uint16_t>(a.panel_scale, lanes, a.scale, first + g, groups, rows);
     const int64_t n = group_length(l, g);
     uint8_t* q = a.q + panel * panel_rows * l.columns + group_start(l, g);
     for (int64_t k = 0; k < n; k += tile_columns) {
@@ -19,15 +36,14 @@ static void unpack_panel(const Unpack& a, int64_t panel, int64_t rows) {
       const int64_t last = ceil_div(here, Unit::columns) - 1;
       alignas(line) uint8_t codes[panel_rows * tile_columns];
       for (int64_t r = 0; r < panel_rows; r += F32::width) {
-        U32 t[tile_quads];
+        Unit unit[units];
         for (int u = 0; u < units; ++u) {
           // Where the group ends before the tile: its last unit again, dropped below.
           const uint32_t* from = in + (u < last ? u : last) * Unit::words * panel_rows + r;
-          const Unit unit = Unit::load(from);
+          unit[u] = Unit::load(from);
           for (int i = 0; i < Unit::words && r == 0; ++i) ask_ahead(from + i * panel_rows);
-          for (int j = 0; j < quads; ++j) t[u * quads + j] = unit.quad(j);
         }
-        store_tile(t, codes + r * tile_columns, tile_columns);
+        store_tile(unit, codes + r * tile_columns, tile_columns);
       }
       in += (last + 1) * Unit::words * panel_rows;
       for (int64_t r = 0; r < rows; ++r) {
@@ -53,16 +69,6 @@ void kernel(const Unpack& a, int64_t begin, int64_t end) {
       case 4: unpack_panel<4>(a, panel, rows); break;
       case 8: unpack_panel<8>(a, panel, rows); break;
     }
-    for (int64_t g = 0; g < l.groups(); ++g)
-      for (int64_t r = 0; r < rows; ++r) {
-        const int64_t from = (panel * l.groups() + g) * panel_rows + r;
-        const int64_t to = (first + r) * l.groups() + g;
-        a.zero_point[to] = a.panel_zero_point[from];
-        if (a.scale_bytes == 4)
-          static_cast<uint32_t*>(a.scale)[to] = static_cast<const uint32_t*>(a.panel_scale)[from];
-        else
-          static_cast<uint16_t*>(a.scale)[to] = static_cast<const uint16_t*>(a.panel_scale)[from];
-      }
   }
   stream_end();
 }
