@@ -25,11 +25,12 @@ def test_matches_reference_bit_for_bit(isa, rows, columns, group_size, bits, sym
 def test_weights_between_two_codes(isa, bits):
     """In the middle of two codes, and one and two floats beside it: the quotient decides."""
     ends = torch.rand(300, 2) + torch.tensor([[-1.0, 0.5]])
-    step = reference.quantize(ends, bits, -1)[1]
+    grid = (bits, -1, False, "float32")
+    step = reference.quantize(ends, *grid)[1]
     w = step * (torch.randint(-(2**bits), 2**bits, (300, 62)) + 0.5)
     w.view(torch.int32).add_(torch.randint(-2, 3, w.shape, dtype=torch.int32))
     w = torch.cat((ends, w.clamp(ends[:, :1], ends[:, 1:])), 1)
-    got, want = ops.quantize(w, bits, -1), reference.quantize(w, bits, -1)
+    got, want = ops.quantize(w, *grid), reference.quantize(w, *grid)
     assert torch.equal(got[1], step) and all(map(torch.equal, got, want))
 
 
