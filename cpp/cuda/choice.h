@@ -28,7 +28,7 @@ auto with_bits(int bits, const F& f) {
 }
 
 template <class X, int bits, int tiles, int level, bool single>
-__global__ void __launch_bounds__(product_threads) product(PackedProduct a) {
+__global__ void __launch_bounds__(product_threads, 2) product(PackedProduct a) {
   if constexpr (compiled<X, level>) product_block<X, bits, tiles, level, single>(a);
 }
 

@@ -191,6 +191,13 @@ FEWBIT_DEVICE void put_eight(const PackedProduct& a, const Work& w, const Run& r
     if (n + i < a.layout.rows) put(a, finish(a, v[i], row, n + i), row * a.layout.rows + n + i);
 }
 
+// f(0) .. f(n - 1), unrolled: nvcc 12 leaves a long loop as it is, and what it indexes in memory.
+template <int n, class F>
+FEWBIT_DEVICE void each(const F& f) {
+  if constexpr (n > 1) each<n - 1>(f);
+  f(n - 1);
+}
+
 // `single`: codes with one scale a row of the weight, which is applied at the end.
 template <class X, int bits, int tiles, int level, bool single>
 FEWBIT_DEVICE void product_run(const PackedProduct& a, const Work& work, const Run& run) {
@@ -409,8 +416,7 @@ FEWBIT_DEVICE void product_run(const PackedProduct& a, const Work& work, const R
     centre(0);
   }
 
-#pragma unroll
-  for (int mt = 0; mt < tiles; ++mt)
+  each<tiles>([&](int mt) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const int64_t row = m0 + mt * 16 + h * 8 + g, n = pair * warp_rows + 8 * t;
@@ -426,6 +432,7 @@ FEWBIT_DEVICE void product_run(const PackedProduct& a, const Work& work, const R
         }
       put_eight(a, work, run, v, row, n);
     }
+  });
   wait_for_copies<level, 0>();  // the next run fills the ring anew
   __syncthreads();
 }
