@@ -40,8 +40,14 @@ def run(options) -> Result:
         "bits_per_weight": 8 * packed / max(weights, 1),
     }
     found = verdicts(options.model)
-    shown = {**data, "schemes": ", ".join(f"{n} x {s}" for s, n in data["schemes"].items())}
-    lines = [f"{key:<16} {value}" for key, value in shown.items()] + [str(v) for v in found]
+    shown = {
+        "model": data["model"],
+        "format": data["format"],
+        "schemes": ", ".join(f"{n} x {s}" for s, n in data["schemes"].items()),
+        "weights": f"{weights:,} in {len(stored)} linears, {data['bits_per_weight']:.2f} bits each",
+        "size": f"{packed / 2**20:,.2f} MiB of {data['bytes_total'] / 2**20:,.2f} MiB",
+    }
+    lines = [f"{key:<9} {value}" for key, value in shown.items()] + [str(v) for v in found]
     return Result({**data, "engines": engines(found)}, "\n".join(lines))
 
 

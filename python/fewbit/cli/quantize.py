@@ -35,7 +35,7 @@ def run_arguments(parser) -> None:
     parser.argument_default = argparse.SUPPRESS
     add("model", metavar="MODEL_DIR", nargs="?", help="config.json and safetensors, float")
     add("--recipe", metavar="FILE", help=f"TOML, as {RECIPE} in OUT; flags override it")
-    add("--method", metavar="M", help=f"{', '.join(METHODS)}, or a stack as awq+gptq (awq)")
+    add("--method", metavar="M", help=f"{', '.join(METHODS)}, stacked with + (awq)")
     add("--set", action="append", metavar="NAME=VALUE", help="option of the method, repeatable")
     add("--scheme", metavar="S", help="grid as text (w4a16g128); or the next three options")
     add("--bits", type=int, metavar="N", help="bits of a weight")
