@@ -1,4 +1,5 @@
 """Every notebook runs whole, offline, in under three minutes, and shows what its text claims.
+``pytest -s tests/test_notebooks.py -k whole`` prints the time of each.
 
 A notebook's cells are executed in one namespace, which is what a kernel does. They are stored
 without output, so that a diff shows what a person changed.
@@ -70,7 +71,9 @@ def test_runs_whole(path):
             exec(compile(source, f"{path.name}[{i}]", "exec"), vars(module))
     finally:
         plt.close("all")
-    assert time.process_time() - started < 180
+    seconds = time.process_time() - started
+    print(f"{path.stem}: {seconds:.0f} s of processor time")
+    assert seconds < 180
     assert CLAIMS[path.stem](vars(module)), path.stem
 
 

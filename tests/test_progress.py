@@ -1,8 +1,10 @@
 """Progress on a terminal, in a log file, and to a program."""
 
 import sys
+import types
 
 import pytest
+import tqdm
 
 from fewbit import progress
 from fewbit.progress import Progress, held_bytes
@@ -40,6 +42,16 @@ def test_a_terminal_gets_a_bar_below_the_lines(capsys, monkeypatch):
     assert "model.layers.1.fc1" in text and "1/2" in text and "layer 1/2 done" not in text
 
 
+def test_a_notebook_gets_them_on_stdout(capsys, monkeypatch):
+    """It shows stderr as an error."""
+    monkeypatch.setitem(sys.modules, "ipykernel", types.ModuleType("ipykernel"))
+    monkeypatch.setattr(progress, "tqdm", tqdm.tqdm)
+    run()
+    text = capsys.readouterr()
+    assert "model.layers.1.fc1" in text.out and "model.layers.1.fc1" not in text.err
+    assert "1/2" in text.err  # the bar, of text without a notebook's widgets
+
+
 def test_quiet_prints_nothing_and_programs_get_events(capsys):
     events = []
     run(show=False, callback=events.append)
@@ -58,6 +70,10 @@ def test_time_left_counts_from_where_a_run_was_taken_up(monkeypatch, capsys):
     now[0] = 30.0
     shown.layer([])
     assert shown.seconds_left == pytest.approx(150)
+    now[0] = 50.0  # inside a layer it counts down
+    assert shown.seconds_left == pytest.approx(130)
+    now[0] = 300.0
+    assert shown.seconds_left == 0
     assert "4 of 10 layers are done already" in capsys.readouterr().err
     assert progress._clock(3723) == "1:02:03"
 

@@ -113,6 +113,12 @@ def test_outliers_shrink_under_a_rotation():
     assert len(profile) == 33 and profile == sorted(profile, reverse=True)
 
 
+def test_a_notebook_shows_a_figure_by_itself():
+    """Without pyplot nothing has told it how."""
+    figure = make("rtn", "w4a16g16").plot_errors()
+    assert figure._repr_png_().startswith(b"\x89PNG")
+
+
 def test_bits_and_fallbacks():
     report = make("rtn", "w4a16g16")
     linear = report.linears[0]

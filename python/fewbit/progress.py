@@ -22,17 +22,19 @@ class Progress:
 
     Events: {"event": "linear", the fields of a LinearRecord, "memory": bytes} and {"event":
     "layer", "done", "layers", "seconds", "seconds_left"}; what the callback raises stops the run.
-    Lines go to stderr: linear, relative error, calibration tokens, rung of the solver's ladder,
-    seconds, memory of the process (and of the GPU), time left.
+    Lines go to stderr, and in a notebook, which shows that as an error, to stdout: linear, relative
+    error, calibration tokens, rung of the solver's ladder, seconds, memory of the process (and of
+    the GPU), time left.
     """
 
     def __init__(
         self, layers: int, show: bool = True, callback: Callable[[dict], None] | None = None
     ) -> None:
         self.layers, self.done, self.first, self.callback = layers, 0, 0, callback
-        self.started = time.monotonic()
-        self.show = show
-        interactive = show and (sys.stderr.isatty() or "ipykernel" in sys.modules)
+        self.started = self.latest = time.monotonic()  # latest: when a layer was last finished
+        self.show, notebook = show, "ipykernel" in sys.modules
+        self.stream = sys.stdout if notebook else sys.stderr
+        interactive = show and (notebook or sys.stderr.isatty())
         self.bar = tqdm(total=layers, unit="layer", leave=False) if interactive else None
         if show:
             self._say(HEAD)
@@ -66,6 +68,7 @@ class Progress:
     def layer(self, records) -> None:
         """A decoder layer is finished."""
         self.done += 1
+        self.latest = time.monotonic()
         if self.callback:
             self.callback({
                 "event": "layer", "done": self.done, "layers": self.layers,
@@ -82,17 +85,17 @@ class Progress:
 
     @property
     def seconds_left(self) -> float | None:
-        """At the pace so far; None before the first layer is done."""
+        """At the pace of the layers so far; None before the first one is done."""
         if self.done == self.first:
             return None
-        pace = (time.monotonic() - self.started) / (self.done - self.first)
-        return pace * (self.layers - self.done)
+        pace = (self.latest - self.started) / (self.done - self.first)
+        return max(0.0, pace * (self.layers - self.done) - (time.monotonic() - self.latest))
 
     def _say(self, line: str) -> None:
         if self.bar is not None:
-            self.bar.write(line, file=sys.stderr)
+            self.bar.write(line, file=self.stream)
         else:
-            print(line, file=sys.stderr, flush=True)
+            print(line, file=self.stream, flush=True)
 
 
 def held_bytes() -> tuple[int, int]:

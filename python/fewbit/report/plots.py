@@ -6,6 +6,7 @@ M. Okabe and K. Ito (2008), told apart with every common colour vision.
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -39,7 +40,15 @@ def axes(width: float = 4.6, height: float = 3.2):
         from matplotlib.figure import Figure
     except ImportError:
         raise MissingExtraError("plots need matplotlib: pip install 'fewbit[report]'") from None
-    figure = Figure(figsize=(width, height), layout="constrained")
+
+    class Shown(Figure):
+        def _repr_png_(self) -> bytes:
+            """What a notebook shows of a figure that is not pyplot's."""
+            buffer = io.BytesIO()
+            self.savefig(buffer, format="png", dpi=110)
+            return buffer.getvalue()
+
+    figure = Shown(figsize=(width, height), layout="constrained")
     found = figure.subplots()
     found.spines[["top", "right"]].set_visible(False)
     found.grid(alpha=0.25)
