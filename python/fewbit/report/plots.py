@@ -58,10 +58,14 @@ def axes(width: float = 4.6, height: float = 3.2):
 def outliers(report: Report):
     """max / median of the channel maxima, per linear."""
     ax = axes()
+    from matplotlib.ticker import LogFormatter
+
     for label, style in (("before", BEFORE), ("after", AFTER)):
         ratios = [record[label]["ratio"] for record in report.outliers]
         ax.plot(range(len(ratios)), ratios, linestyle="", label=label, markersize=5, **style)
     ax.set(yscale="log", xlabel="linear, in model order", ylabel="largest / median channel")
+    ax.yaxis.set_major_formatter(LogFormatter())  # 3, not 3 x 10^0
+    ax.yaxis.set_minor_formatter(LogFormatter())
     ax.axhline(1, color="#7f7f7f", linewidth=0.8)
     ax.legend(frameon=False, ncols=2, loc="lower right", bbox_to_anchor=(1, 1))
     return ax.figure
@@ -97,7 +101,7 @@ def errors(report: Report):
     measured = report.linears[0].measured
     ax.set(yscale="log", xlabel="decoder layer", ylabel=f"relative {measured} error (energy)")
     ax.xaxis.get_major_locator().set_params(integer=True)
-    ax.legend(frameon=False, fontsize="small", ncols=2)
+    ax.legend(frameon=False, fontsize="small", ncols=4, loc="lower right", bbox_to_anchor=(1, 1))
     return ax.figure
 
 
