@@ -21,7 +21,7 @@ TRANSLATED = {
     "Methods": "29faf840e332b0e7",
     "Results": "37a59faf36453f9d",
     "Models bigger than memory, and runs that stop": "41505291e0ab4b69",
-    "How it is made": "99b54d5e37c62018",
+    "How it is made": "181361d9e7be40ac",
     "Limits, said plainly": "59ad169a40356ede",
 }
 
