@@ -20,9 +20,9 @@ TRANSLATED = {
     "Ten lines": "998bb77358af64f7",
     "Methods": "29faf840e332b0e7",
     "Results": "37a59faf36453f9d",
-    "Models bigger than memory, and runs that stop": "41505291e0ab4b69",
+    "Models bigger than memory, and runs that stop": "ed20d408e00e464f",
     "How it is made": "181361d9e7be40ac",
-    "Limits, said plainly": "59ad169a40356ede",
+    "Limits, said plainly": "bd8f9aaa74d5317e",
 }
 
 

@@ -36,7 +36,7 @@ class Store:
     """Where hidden states are kept: ``budget`` bytes in memory, the rest in ``folder``.
 
     The file has no name, so that it is gone when the process is, however that ends. ``ranks``:
-    those who share the batches.
+    those who share the batches. Memory is the CPU's, also of ranks that compute on cards.
     """
 
     def __init__(
@@ -44,10 +44,14 @@ class Store:
     ) -> None:
         self.folder, self.budget, self.used = folder, budget, 0
         self.ranks = Ranks() if ranks is None else ranks
+        self.device = None if ranks is None else ranks.device  # None: they stay where they are
 
 
 class Activations(Sequence[LayerInput]):
-    """The inputs of a layer, batch by batch; of ``total`` batches this rank holds its own."""
+    """The inputs of a layer, batch by batch; of ``total`` batches this rank holds its own.
+
+    An item's hidden states are a copy on the device that the layer computes on.
+    """
 
     def __init__(self, total: int, store: Store | None = None) -> None:
         self.total, self.store = total, Store() if store is None else store
@@ -56,6 +60,8 @@ class Activations(Sequence[LayerInput]):
         self.file, self.end, self.held = None, 0, 0
 
     def append(self, x: LayerInput) -> None:
+        if self.store.device is not None:
+            x = replace(x, hidden=x.hidden.cpu())
         size = x.hidden.numel() * x.hidden.element_size()
         if self.store.used + size <= self.store.budget:
             self.store.used += size
@@ -76,11 +82,16 @@ class Activations(Sequence[LayerInput]):
         return len(self.items)
 
     def __getitem__(self, index: int) -> LayerInput:
-        x, offset = self.items[index], self.offsets[index]
+        x = self.items[index]
+        return replace(x, hidden=self.kept(index).to(self.store.device or x.hidden.device))
+
+    def kept(self, index: int) -> Tensor:
+        """Hidden states where they are kept."""
+        hidden, offset = self.items[index].hidden, self.offsets[index]
         if offset is None:
-            return x
+            return hidden
         self.file.seek(offset)
-        return replace(x, hidden=read_like(self.file, x.hidden))
+        return read_like(self.file, hidden)
 
     def follow(self, hidden: Iterable[Tensor]) -> Activations:
         """The same batches with other hidden states, taken one at a time."""

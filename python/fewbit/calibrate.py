@@ -440,9 +440,10 @@ class _Sums:
         ops.act_stats(x, self.sum_abs, self.max_abs)
         ops.gram(x, self.gram)
         self.tokens += x.shape[0]
+        rows = torch.nonzero(at % self.stride == 0).flatten()
         # Copies: a view would keep the whole batch in memory.
-        for row in torch.nonzero(at % self.stride == 0).flatten().tolist():
-            self.sample.append((int(at[row]), x[row].float().clone()))
+        picked = [row.clone() for row in x[rows.to(x.device)].float().cpu()]
+        self.sample += zip(at[rows].tolist(), picked, strict=True)
         self._thin()
 
     def _thin(self) -> None:
@@ -466,6 +467,8 @@ class _Sums:
 
     def stats(self) -> Stats:
         cross = None if self.cross is None else self.cross.to(self.gram.dtype)
-        sample = torch.stack([row for _, row in self.sample]) if self.sample else None
+        sample = None
+        if self.sample:
+            sample = torch.stack([row for _, row in self.sample]).to(self.gram.device)
         sums = self.sum_abs.float()
         return Stats(self.tokens, sums, self.max_abs, self.gram, cross, self.routed, sample)

@@ -23,7 +23,8 @@ KINDS = ("hadamard", "random-hadamard", "random")
 class Rotation:
     """An orthogonal R [n, n] in float64: ``right(w)`` is w R, ``right_t(w)`` is w R^T.
 
-    ``signs`` [n] and ``plan`` describe diag(signs) H; otherwise ``dense`` holds the matrix.
+    ``signs`` [n] and ``plan`` describe diag(signs) H; otherwise ``dense`` holds the matrix. They
+    stay on the CPU, where they were drawn; w may be on any device.
     """
 
     def __init__(
@@ -35,15 +36,15 @@ class Rotation:
     def right(self, w: Tensor) -> Tensor:
         w = w.to(torch.float64)
         if self.dense is not None:
-            return w @ self.dense
-        return transform(w if self.signs is None else w * self.signs, self.plan)
+            return w @ self.dense.to(w.device)
+        return transform(w if self.signs is None else w * self.signs.to(w.device), self.plan)
 
     def right_t(self, w: Tensor) -> Tensor:
         w = w.to(torch.float64)
         if self.dense is not None:
-            return w @ self.dense.T
+            return w @ self.dense.T.to(w.device)
         out = transform(w, self.plan, inverse=True)
-        return out if self.signs is None else out * self.signs
+        return out if self.signs is None else out * self.signs.to(w.device)
 
     def matrix(self) -> Tensor:
         """R, float64 [n, n]."""

@@ -146,7 +146,9 @@ def run(
     with source.around() if looked_at else nullcontext():
         for transform in recipe.transforms:
             if transform.needs_tokens:
-                transform.prepare(model, family, recipe.scheme, data.batches)
+                device = model.get_submodule(family.embed).weight.device
+                batches = [ids.to(device) for ids in data.batches]
+                transform.prepare(model, family, recipe.scheme, batches)
         probe = Probe(model, family, float_transforms, data) if float_transforms else None
         for transform in recipe.transforms:
             report.transforms += transform.outside(model, family)
@@ -212,8 +214,9 @@ def _layer(
                 for path, owner in group if owner == ranks.rank
             }
             for path, owner in group:
-                packed, record = ranks.share(solved.pop(path, None), owner)
                 linear = layer.get_submodule(path)
+                packed, record = ranks.share(solved.pop(path, None), owner)
+                packed = packed.to(linear.weight.device)
                 if floats is not None:
                     floats.linears[path] = linear
                 carry(linear, packed)
@@ -271,7 +274,7 @@ def _solve(
     packed, info = recipe.solver.build(linear, path, scheme, stats, recipe.integer)
     error, measured = relative_error(weight, packed.weight, stats)
     before = sum(p.numel() * p.element_size() for p in linear.parameters())
-    return packed, LinearRecord(
+    return packed.cpu(), LinearRecord(  # ranks share it by way of the CPU
         name,
         str(scheme),
         error,

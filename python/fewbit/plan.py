@@ -11,13 +11,14 @@ import shutil
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from .calibrate import Windows
+from .distributed import CPU
 from .durable import storing
 from .errors import AlreadyQuantizedError, OutputError, UsageError
 from .families import decoder_layers
@@ -31,21 +32,25 @@ MIB = 1 << 20
 LIBRARIES = 96 * MIB  # code and buffers that the first products and rotations bring in
 LEAST_WINDOW = 64  # tokens; statistics of shorter windows are not worth having
 FLOAT, WIDE = 4, 8  # bytes of the types that are computed in
+PRODUCT = {"cpu": 768, "cuda": 2048}  # order of the matrices that keep a processor busy
 
 
 @dataclass
 class Phase:
-    """One part of a run: peak ``memory`` in bytes above the empty process, and seconds in all."""
+    """One part of a run: peak ``memory`` in bytes above the empty process, ``card`` of the card's,
+    and seconds in all."""
 
     name: str
     memory: int
     seconds: float
+    card: int = 0
 
 
 @dataclass
 class Plan:
     """``base``: bytes the process has without the model; ``disk``: bytes the run writes at most at
-    one time; ``activations``: bytes of hidden states that stay in memory."""
+    one time; ``activations``: bytes of hidden states that stay in memory; ``free``: bytes of the
+    card ``device`` that nobody else has."""
 
     base: int
     phases: list[Phase]
@@ -56,11 +61,17 @@ class Plan:
     window: int = 0  # tokens of the longest calibration window
     passing: int = 0  # bytes that each of them takes on its way through a layer
     activations: float = float("inf")
+    device: torch.device = CPU
+    free: int = 0
     notes: list[str] = field(default_factory=list)
 
     @property
     def memory(self) -> int:
         return self.base + max(phase.memory for phase in self.phases)
+
+    @property
+    def card(self) -> int:
+        return max(phase.card for phase in self.phases)
 
     @property
     def seconds(self) -> float:
@@ -71,8 +82,7 @@ class Plan:
 
         The message names the smallest change that fits.
         """
-        if memory is not None:
-            self.fit(memory)
+        self.fit(memory)
         folder = next(p for p in Path(output).absolute().parents if p.exists())
         free, needed = shutil.disk_usage(folder).free, int(self.disk * 1.05)
         if needed > free:
@@ -81,8 +91,18 @@ class Plan:
                 f"{needed - free:,} bytes or choose another output"
             )
 
-    def fit(self, memory: int) -> None:
+    def fit(self, memory: int | None) -> None:
         """Let hidden states spill to disk, or raise UsageError with what would fit."""
+        if self.card > self.free:
+            worst = max(self.phases, key=lambda phase: phase.card)
+            fits = all(p.card <= self.free for p in self.phases if p.name != "layers")
+            raise UsageError(
+                f"{self.device} has {self.free // MIB} MiB free, and phase {worst.name!r} needs "
+                f"{-(-self.card // MIB)} MiB there: free as much, or use device "
+                f"'cpu'{self._shorter(self.card - self.free, fits)}"
+            )
+        if memory is None:
+            return
         over = self.memory - memory
         if over <= 0:
             return
@@ -90,7 +110,7 @@ class Plan:
         if self.hidden and over <= kept:
             self.activations = kept - over
             self.phases = [
-                Phase(p.name, p.memory - (over if p.name == "layers" else 0), p.seconds)
+                replace(p, memory=p.memory - (over if p.name == "layers" else 0))
                 for p in self.phases
             ]
             self.disk += over
@@ -99,28 +119,30 @@ class Plan:
         if over > 0:
             worst = max(self.phases, key=lambda phase: phase.memory)
             needs = -(-self.memory // MIB)
+            others = [p.memory for p in self.phases if p.name != "layers"]
+            fits = self.device == CPU and self.base + max(others) <= memory
+            shorter = self._shorter(over, fits)
             raise UsageError(
                 f"--memory {memory // MIB}MiB is too little: phase {worst.name!r} needs {needs} "
-                f"MiB; the smallest change that fits is --memory {needs}MiB{self._shorter(memory)}"
+                f"MiB; the smallest change that fits is --memory {needs}MiB{shorter}"
             )
 
-    def _shorter(self, memory: int) -> str:
-        """', or --window N' where windows of N tokens would fit."""
-        others = max((p.memory for p in self.phases if p.name != "layers"), default=0)
-        layers = max(p.memory for p in self.phases if p.name == "layers")
-        over = self.base + layers - memory
+    def _shorter(self, over: int, others_fit: bool) -> str:
+        """', or --window N' where windows of N tokens would take ``over`` bytes less."""
         window = self.window - -(-over // self.passing) if self.passing else 0
-        fits = window >= LEAST_WINDOW and self.base + others <= memory
-        return f", or --window {window}" if fits else ""
+        return f", or --window {window}" if window >= LEAST_WINDOW and others_fit else ""
 
     def __str__(self) -> str:
+        on_card = self.device != CPU
+        card = f"{self.card / MIB:,.0f} MiB of {self.device}, " if on_card else ""
         lines = [
-            f"plan      {self.memory / MIB:,.0f} MiB of memory, {self.disk / MIB:,.0f} MiB of "
-            f"disk, {_time(self.seconds)}"
+            f"plan      {self.memory / MIB:,.0f} MiB of memory, {card}{self.disk / MIB:,.0f} MiB "
+            f"of disk, {_time(self.seconds)}"
         ]
         for phase in self.phases:
             peak = (self.base + phase.memory) / MIB
-            lines.append(f"  {phase.name:<10}{peak:>8,.0f} MiB {_time(phase.seconds):>10}")
+            card = f" {phase.card / MIB:>8,.0f} MiB of {self.device}" if on_card else ""
+            lines.append(f"  {phase.name:<10}{peak:>8,.0f} MiB {_time(phase.seconds):>10}{card}")
         lines.append(f"  output    {self.output / MIB:>8,.0f} MiB")
         return "\n".join([*lines, *(f"  {note}" for note in self.notes)])
 
@@ -131,8 +153,9 @@ class Plan:
         return {
             "memory": self.memory, "disk": self.disk, "seconds": self.seconds,
             "output": self.output, "notes": self.notes,
-            "phases": {p.name: {"memory": self.base + p.memory, "seconds": p.seconds}
-                       for p in self.phases},
+            "device": str(self.device), "card": self.card,
+            "phases": {p.name: {"memory": self.base + p.memory, "seconds": p.seconds,
+                                "card": p.card} for p in self.phases},
         }
 
 
@@ -142,7 +165,8 @@ def _time(seconds: float) -> str:
 
 @dataclass(frozen=True)
 class Rates:
-    """Of this machine, now: flop/s of products, weights/s through solve and pack, bytes/s."""
+    """Of this machine, now: flop/s of products, weights/s through solve and pack (both where the
+    layers are computed), bytes/s of the disk."""
 
     products: float
     weights: float
@@ -150,15 +174,16 @@ class Rates:
     read: float
 
 
-def measure(recipe: Recipe, shards: Shards, folder: Path) -> Rates:
+def measure(recipe: Recipe, shards: Shards, folder: Path, device: torch.device = CPU) -> Rates:
     """A second of work of each kind."""
     from .recipes import rtn
 
     generator = torch.Generator().manual_seed(0)
-    a = torch.randn(768, 768, generator=generator)
-    products = 2 * 768**3 / _best(lambda: a @ a)
-    linear = nn.Linear(1024, 512, bias=False)
-    linear.weight.data = torch.randn(512, 1024, generator=generator)
+    size = PRODUCT[device.type]
+    a = torch.randn(size, size, generator=generator).to(device)
+    products = 2 * size**3 / _best(lambda: a @ a, device=device)
+    linear = nn.Linear(1024, 512, bias=False, device=device)
+    linear.weight.data.copy_(torch.randn(512, 1024, generator=generator))
     solver, scheme = rtn(recipe.scheme).solver, recipe.scheme
 
     def solve() -> None:
@@ -168,7 +193,7 @@ def measure(recipe: Recipe, shards: Shards, folder: Path) -> Rates:
         relative_error(linear.weight.data, module.weight, None)
         module.codes()
 
-    weights = linear.weight.numel() / _best(solve)
+    weights = linear.weight.numel() / _best(solve, device=device)
     block = bytes(4 * MIB)
 
     def write() -> None:
@@ -187,11 +212,13 @@ def measure(recipe: Recipe, shards: Shards, folder: Path) -> Rates:
     return Rates(products, weights, written, read)
 
 
-def _best(run, repeats: int = 4) -> float:
+def _best(run, repeats: int = 4, device: torch.device = CPU) -> float:
     seconds = []
     for _ in range(repeats):
         started = time.perf_counter()
         run()
+        if device != CPU:
+            torch.cuda.synchronize(device)
         seconds.append(time.perf_counter() - started)
     return sorted(seconds)[len(seconds) // 2]
 
@@ -209,11 +236,12 @@ def stored_dtype(shards: Shards) -> torch.dtype:
 
 def estimate(
     source: Source, shards: Shards, recipe: Recipe, data: Windows | None,
-    dtype: torch.dtype | None = None, folder: Path | None = None,
+    dtype: torch.dtype | None = None, device: torch.device = CPU,
 ) -> Plan:
     """The plan of quantising a model directory; reads headers, and a few megabytes for the rate."""
     model, family = source.model, source.family
-    rates = measure(recipe, shards, folder or Path(tempfile.gettempdir()))
+    rates = measure(recipe, shards, Path(tempfile.gettempdir()), device)
+    free = 0 if device == CPU else torch.cuda.mem_get_info(device)[0]
     dtype = dtype or stored_dtype(shards)
     base = resident() + LIBRARIES
     layers = decoder_layers(model, family)
@@ -264,10 +292,18 @@ def estimate(
     if data is not None:
         grams = FLOAT * sum(k * k for k in inputs) * (2 if recipe.solver.needs_cross else 1)
         passing = FLOAT * (sum(n for n, _ in shapes) + 4 * max(inputs))
-        layer += grams + passing * window + 2 * floats * hidden
+        layer += grams + passing * window
     if whole:
         layer += FLOAT * (outer + weights * count)
         outside += FLOAT * weights * count
+    on_card = {"around": 0, "layers": 0}
+    if device != CPU:  # the CPU reads, keeps hidden states and writes
+        on_card = {"around": LIBRARIES + needed * outside, "layers": LIBRARIES + layer}
+        outside = (stored + FLOAT) * table + dtype.itemsize * outer
+        layer = (stored + FLOAT) * biggest + sum(packed) + dtype.itemsize * rest
+        if whole:
+            outside += FLOAT * (outer + weights * count)
+    layer += 2 * floats * hidden
     scanning = min(shards_largest(shards), 256 * MIB) + stored * max(
         e.nbytes // e.dtype.itemsize for e in shards.entries.values()
     )
@@ -285,8 +321,8 @@ def estimate(
         base,
         [
             Phase("scan", scanning, 2 * nbytes / rates.read),
-            Phase("around", outside, outer * stored / rates.read),
-            Phase("layers", layer, seconds + forward + io),
+            Phase("around", outside, outer * stored / rates.read, on_card["around"]),
+            Phase("layers", int(layer), seconds + forward + io, int(on_card["layers"])),
         ],
         output + 2 * floats * hidden + 8 * MIB,
         output,
@@ -294,6 +330,8 @@ def estimate(
         hidden * floats,
         window,
         passing,
+        device=device,
+        free=free,
         notes=notes,
     )
 

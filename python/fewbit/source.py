@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from .distributed import CPU
 from .errors import CheckpointError, NonFiniteError, UnsupportedError
 from .families import Family, decoder_layers
 from .linearise import linearise_layer
@@ -45,14 +46,22 @@ class Source:
 class Directory(Source):
     """A model directory under an empty model: one layer at a time has weights, float32.
 
+    They are read to ``device``, which is where the model's buffers go for good.
+
     Raises UnsupportedError when transformers stores the model under other names or in other
     shapes than it runs it, so that only transformers can load it, as a whole.
     """
 
-    def __init__(self, model: nn.Module, family: Family, shards: Shards) -> None:
+    def __init__(
+        self, model: nn.Module, family: Family, shards: Shards, device: torch.device = CPU
+    ) -> None:
         super().__init__(model, family)
-        self.shards = shards
+        self.shards, self.device = shards, device
         self.names = stored_names(model, shards)
+        for module in model.modules():
+            for name, buffer in module._buffers.items():
+                if buffer is not None:
+                    module._buffers[name] = buffer.to(device)
 
     @contextmanager
     def around(self) -> Iterator[None]:
@@ -107,7 +116,7 @@ class Directory(Source):
                     continue
                 value = self.shards.read(stored)
                 dtype = torch.float32 if value.is_floating_point() else value.dtype
-                value = value.to(dtype, copy=True)
+                value = value.to(self.device, dtype, copy=True)
                 self.shards.close()  # unmaps: mapped pages count as this process's memory
                 if table is module._parameters:
                     value = nn.Parameter(value, requires_grad=False)

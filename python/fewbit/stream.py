@@ -34,7 +34,7 @@ from .checkpoint import (
     tied_names,
 )
 from .conversion import MAX_SIDE, SIDE_FILES, with_section
-from .distributed import job
+from .distributed import job, named, place
 from .errors import AlreadyQuantizedError, OutOfMemoryError, UnsupportedError, UsageError
 from .families import Family, decoder_layers, describe, linear_names
 from .formats import Format
@@ -69,6 +69,7 @@ def quantize_directory(
     format: str = "compressed-tensors",
     dtype: torch.dtype | None = None,
     memory: int | None = None,
+    device: str = "cpu",
     restart: bool = False,
     progress: bool = True,
     callback: Callable[[dict], None] | None = None,
@@ -79,9 +80,11 @@ def quantize_directory(
 
     Arguments as ``quantize_`` and ``save``; ``dtype``: of what stays float (None: as stored).
     ``memory``: the bytes that this process may take; a run that needs more is refused with the
-    smallest change that fits. Called again after a stop, with the same arguments, it goes on where
-    it was; ``restart`` forgets the earlier run. The journal lies in OUTPUT.fewbit until the end.
-    A method with "tune" runs in memory instead, and from the start.
+    smallest change that fits. ``device``: "cpu", or "cuda" to compute each layer on a card (of
+    several processes each takes its own); what is kept and written passes through the CPU.
+    Called again after a stop, with the same arguments, it goes on where it was; ``restart`` forgets
+    the earlier run. The journal lies in OUTPUT.fewbit until the end. A method with "tune" runs in
+    memory instead, and from the start.
     ``files``: more files for the output, by name.
 
     Raises UsageError, UnsupportedError, CalibrationError or CheckpointError before any work, and
@@ -95,7 +98,7 @@ def quantize_directory(
     recipe, writer_format = build(method, scheme, **options), formats.get(format)
     if isinstance(writer_format, LlmInt8):
         writer_format = LlmInt8(getattr(recipe.solver, "threshold", 0.0))
-    with _out_of_memory(), job() as ranks:
+    with _out_of_memory(), job(device) as ranks:
         if ranks.writes and restart:
             shutil.rmtree(folder_of(output), ignore_errors=True)
         finished = ranks.share(_finished(Path(output), recipe) if ranks.writes else None)
@@ -104,7 +107,7 @@ def quantize_directory(
         if ranks.writes:
             check_output(path, output)
         shards, source, data, recipe, plan = _prepare(
-            path, recipe, format, calibration, window, samples, dtype
+            path, recipe, format, calibration, window, samples, dtype, ranks.device
         )
         if data is not None and len(data.batches) < ranks.size:
             raise UsageError(
@@ -113,21 +116,24 @@ def quantize_directory(
         if recipe.tune is not None:
             if memory is not None or ranks.size > 1:
                 raise UnsupportedError(f"{recipe.name!r}: {WHOLE}")
-            return _learned(path, output, format, recipe, data, plan.dtype, progress, callback)
+            return _learned(
+                path, output, format, recipe, data, plan.dtype, ranks.device, progress, callback
+            )
         plan.require(memory, output)
         if progress and ranks.writes:
             plan.show(folder_of(output))
+        surroundings = {**environment(), "device": named(ranks.device)}
         identity = {
             "model": {"config": shards.config, "tensors": scan(shards) if ranks.writes else {}},
             "recipe": recipe.to_dict(),
             "calibration": None if data is None else data.digest(),
             "output": {"format": format, "dtype": str(plan.dtype)},
             "environment": {
-                k: v for k, v in environment().items() if k in ("fewbit", "torch", "isa")
+                k: surroundings[k] for k in ("fewbit", "torch", "isa", "device")
             },
         }
         model, family = source.model, source.family
-        report = Report(recipe.to_dict(), type(model).__name__, environment=environment())
+        report = Report(recipe.to_dict(), type(model).__name__, environment=surroundings)
         report.source = str(path)
         if data is not None:
             report.calibration = {
@@ -157,17 +163,17 @@ def quantize_directory(
 
 
 def _learned(
-    path, output, format: str, recipe: Recipe, data: Windows, dtype: torch.dtype, progress: bool,
-    callback,
+    path, output, format: str, recipe: Recipe, data: Windows, dtype: torch.dtype,
+    device: torch.device, progress: bool, callback,
 ) -> Report:
     """A recipe with tune, which needs the whole model: in memory, from the start whenever it was
     stopped."""
-    model = load_float(path)
+    model = load_float(path).to(device)
     report = quantize_(
         model, recipe, calibration=data, keep_float=False, progress=progress, callback=callback
     )
     report.source = str(path)
-    save(model.to(dtype), output, format, report=report)
+    save(model.to("cpu", dtype), output, format, report=report)
     report.save(Path(output) / REPORT)
     return report
 
@@ -183,6 +189,7 @@ def plan_directory(
     format: str = "compressed-tensors",
     dtype: torch.dtype | None = None,
     memory: int | None = None,
+    device: str = "cpu",
     **options,
 ) -> Plan:
     """What ``quantize_directory`` with these arguments will take; the same refusals, no work."""
@@ -190,22 +197,21 @@ def plan_directory(
     formats.get(format)
     if recipe.tune is not None:
         raise UnsupportedError(f"{recipe.name!r} has no estimate: {WHOLE}")
-    plan = _prepare(path, recipe, format, calibration, window, samples, dtype)[-1]
-    if memory is not None:
-        plan.fit(memory)
+    plan = _prepare(path, recipe, format, calibration, window, samples, dtype, place(device))[-1]
+    plan.fit(memory)
     return plan
 
 
 def _prepare(
-    path, recipe: Recipe, format: str, calibration, window, samples, dtype
+    path, recipe: Recipe, format: str, calibration, window, samples, dtype, device: torch.device
 ) -> tuple[Shards, Source, Windows | None, Recipe, Plan]:
     shards = Shards(path)
     model = _skeleton(shards, recipe, format)
     data = _windows(path, recipe, calibration, window, samples)
     if isinstance(recipe.solver, Auto):  # its trials need the whole model
-        recipe = chosen(load_float(path), recipe, data)
-    source = _source(model, describe(model), shards, recipe)
-    return shards, source, data, recipe, estimate(source, shards, recipe, data, dtype)
+        recipe = chosen(load_float(path).to(device), recipe, data)
+    source = _source(model, describe(model), shards, recipe, device)
+    return shards, source, data, recipe, estimate(source, shards, recipe, data, dtype, device)
 
 
 class Committing(Sink):
@@ -272,6 +278,7 @@ class Committing(Sink):
             self.journal.done = index + 2
             return
         prefix = f"{self.source.family.layers}.{index}."
+        layer.cpu()  # it has done its work
         tensors = {
             name: self._cast(tensor) if not packed or name.endswith(FLOAT) else tensor
             for packed, group in stored_tensors(layer, prefix, self.format)
@@ -285,7 +292,7 @@ class Committing(Sink):
         self.journal.commit(index + 1, tensors, entry, state, size)
 
     def _cast(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self.dtype) if tensor.is_floating_point() else tensor
+        return tensor.to("cpu", self.dtype if tensor.is_floating_point() else tensor.dtype)
 
 
 # Torch's own words, and what its stable ABI leaves of them when an operator's new tensor fails.
@@ -353,26 +360,30 @@ def _windows(path, recipe: Recipe, calibration, window: int, samples: int | None
     return windows(calibration, load_tokenizer(path) if text else None, window, samples)
 
 
-def _source(model: nn.Module, family: Family, shards: Shards, recipe: Recipe) -> Source:
+def _source(
+    model: nn.Module, family: Family, shards: Shards, recipe: Recipe, device: torch.device
+) -> Source:
     """Layer by layer where that is possible, else the whole model, loaded by transformers."""
     learned = [type(t).__name__ for t in recipe.transforms if t.needs_tokens]
     if learned:
-        return Whole(model, family, shards.path, f"{learned[0]} learns from the whole model")
+        return Whole(model, family, shards, device, f"{learned[0]} learns from the whole model")
     try:
-        return Directory(model, family, shards)
+        return Directory(model, family, shards, device)
     except UnsupportedError as error:
-        return Whole(model, family, shards.path, f"only transformers can convert it: {error}")
+        return Whole(model, family, shards, device, f"only transformers can convert it: {error}")
 
 
 class Whole(Source):
     """A model that cannot be streamed, and why; loaded when the run starts."""
 
-    def __init__(self, model: nn.Module, family: Family, path: Path, reason: str) -> None:
+    def __init__(
+        self, model: nn.Module, family: Family, shards: Shards, device: torch.device, reason: str
+    ) -> None:
         super().__init__(model, family)
-        self.path, self.reason = path, reason
+        self.path, self.device, self.reason = shards.path, device, reason
 
     def load(self) -> None:
-        self.model = load_float(self.path)
+        self.model = load_float(self.path).to(self.device)
         linearise(self.model, self.family)
 
 

@@ -24,7 +24,7 @@ class Trail:
     def chunks(self, data: Windows) -> Iterator[memoryview]:
         """All hidden states as bytes, on the rank that writes; the others send theirs."""
         for activations in self._activations():
-            own = (x.hidden for x in activations)
+            own = (activations.kept(i) for i in range(len(activations)))
             for hidden in activations.store.ranks.gather(own, _likes(activations, data)):
                 yield raw(hidden)
         if self.probe is not None:
@@ -53,7 +53,9 @@ class Trail:
             self.floats = FloatPass(fresh[1])
         if self.probe is not None:
             streams = self.probe.hidden.items()
-            self.probe.hidden = {name: read_like(file, like) for name, like in streams}
+            self.probe.hidden = {
+                name: read_like(file, like).to(like.device) for name, like in streams
+            }
 
     def close(self) -> None:
         """Give the room of all hidden states back."""

@@ -1,10 +1,12 @@
 """A random Llama-shaped checkpoint, quantised under a memory limit: peak, plan and time.
 
     python tests/faults/bench_bigger_than_memory.py FOLDER --gigabytes 8 --memory 3GiB
+    python tests/faults/bench_bigger_than_memory.py FOLDER --method gptq --calibration TEXT
 
 Writes the checkpoint to FOLDER/model (and deletes it with --clean), runs ``fewbit quantize`` with
 ``--memory`` in a process whose data the kernel limits to the same number of bytes (RLIMIT_DATA:
-memory that is neither code nor a mapped file), and prints measured against planned.
+memory that is neither code nor a mapped file), and prints measured against planned. What else is
+given goes to ``fewbit quantize``; the model has the demo model's tokenizer.
 """
 
 from __future__ import annotations
@@ -23,6 +25,8 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+
+from fewbit.demo import MODEL_DIR
 
 HIDDEN, INNER, VOCABULARY, HEADS = 4096, 11008, 32000, 32
 LAYER = 4 * HIDDEN * HIDDEN + 3 * HIDDEN * INNER + 2 * HIDDEN
@@ -69,6 +73,8 @@ def generate(folder: Path, gigabytes: float) -> int:
         "tie_word_embeddings": False, "dtype": "bfloat16", "rms_norm_eps": 1e-5,
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(MODEL_DIR / name, folder)
     print(f"{layers} layers, {total / 2**30:.2f} GiB in {folder}", flush=True)
     return layers
 
@@ -85,9 +91,8 @@ def main() -> None:
     parser.add_argument("--gigabytes", type=float, default=8.0)
     parser.add_argument("--memory", default="3GiB")
     parser.add_argument("--method", default="rtn")
-    parser.add_argument("--calibration", type=Path)
     parser.add_argument("--clean", action="store_true")
-    options = parser.parse_args()
+    options, more = parser.parse_known_args()
     model, out = options.folder / "model", options.folder / "out"
     if not model.exists():
         generate(model, options.gigabytes)
@@ -98,7 +103,7 @@ def main() -> None:
 
     command = [
         sys.executable, "-m", "fewbit", "quantize", str(model), "-o", str(out), "--method",
-        options.method, "--memory", options.memory,
+        options.method, "--memory", options.memory, *more,
     ]  # fmt: skip
     started = time.monotonic()
     run = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=limited)
@@ -136,6 +141,8 @@ def main() -> None:
         guess = float(planned[2].replace(",", "")) * unit
         print(f"peak {top / 2**20:,.0f} MiB, planned {want:,.0f} ({top / 2**20 / want - 1:+.1%})")
         print(f"time {seconds:,.0f} s, planned {guess:,.0f} ({seconds / guess - 1:+.1%})")
+        used = resource.getrusage(resource.RUSAGE_CHILDREN)
+        print(f"processor time {used.ru_utime + used.ru_stime:,.0f} s")
     flat = peaks[1:]
     if flat:
         low, high = min(flat) / 2**20, max(flat) / 2**20

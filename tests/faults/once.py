@@ -1,25 +1,33 @@
-"""One run, for torchrun: once.py MODEL OUT METHOD [RANK], which dies after the first layer."""
+"""One run, for torchrun: once.py MODEL OUT METHOD DEVICE [RANK], which dies after the first layer.
+
+DEVICE cuda is card.py's stand-in, with gloo for its tensors too.
+"""
 
 import os
 import signal
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from sweep import quantize  # noqa: E402
 
+from card import Card  # noqa: E402
+from fewbit.distributed import BACKENDS  # noqa: E402
 from fewbit.errors import FewbitError  # noqa: E402
 
 
 def main() -> None:
-    model, out, method, *dying = sys.argv[1:]
+    model, out, method, device, *dying = sys.argv[1:]
+    BACKENDS["cuda"] = "cpu:gloo,cuda:gloo"
 
     def callback(event: dict) -> None:
         if event["event"] == "layer" and dying == [os.environ["RANK"]]:
             os.kill(os.getpid(), signal.SIGKILL)
 
     try:
-        quantize(Path(model), Path(out), method, callback=callback)
+        with Card() if device == "cuda" else nullcontext():
+            quantize(Path(model), Path(out), method, device=device, callback=callback)
     except FewbitError as error:
         print(f"rank {os.environ['RANK']}: {error}", file=sys.stderr)
         sys.exit(error.exit_code)

@@ -28,16 +28,21 @@ def torchrun(size, *arguments):
     return subprocess.run(command, capture_output=True, text=True, timeout=280)
 
 
-def agree(model, tmp_path, method, sizes):
+def agree(model, tmp_path, method, sizes, device="cpu"):
     quantize(model, tmp_path / "one", method)
     for size in sizes:
-        done = torchrun(size, model, tmp_path / f"out{size}", method)
+        done = torchrun(size, model, tmp_path / f"out{size}", method, device)
         assert done.returncode == 0, done.stderr[-3000:]
         assert digest(tmp_path / f"out{size}") == digest(tmp_path / "one")
 
 
 def test_two_ranks_give_the_bytes_of_one(model, tmp_path):
     agree(model, tmp_path, "gptq", [2])
+
+
+@pytest.mark.slow
+def test_two_ranks_on_cards_give_the_bytes_of_one_on_the_cpu(model, tmp_path):
+    agree(model, tmp_path, "gptq", [2], "cuda")
 
 
 def test_torchrun_runs_the_command_line(model, tmp_path):
@@ -70,10 +75,10 @@ def test_two_and_three_ranks_give_the_bytes_of_one(model, tmp_path, method):
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_dead_rank_ends_the_job_and_the_next_goes_on(model, tmp_path, rank):
     quantize(model, tmp_path / "one", "gptq")
-    done = torchrun(2, model, tmp_path / "out", "gptq", rank)
+    done = torchrun(2, model, tmp_path / "out", "gptq", "cpu", rank)
     assert done.returncode != 0 and not (tmp_path / "out").exists()
     assert (tmp_path / "out.fewbit" / "step-00001.json").exists()
-    done = torchrun(2, model, tmp_path / "out", "gptq")
+    done = torchrun(2, model, tmp_path / "out", "gptq", "cpu")
     assert done.returncode == 0, done.stderr[-3000:]
     assert digest(tmp_path / "out") == digest(tmp_path / "one")
 

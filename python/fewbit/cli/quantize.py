@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from .. import recipe_file
+from ..distributed import BACKENDS
 from ..errors import MissingCalibrationError, UsageError
 from ..recipe_file import DEFAULTS, RECIPE
 from . import Result
@@ -47,6 +48,7 @@ def run_arguments(parser) -> None:
     add("--format", metavar="F", help=f"{', '.join(WRITERS)} ({DEFAULTS['format']})")
     add("--dtype", choices=DTYPES, metavar="TYPE", help=f"of what stays float: {', '.join(DTYPES)}")
     add("--memory", metavar="BYTES", default=None, help="limit of this process, e.g. 3GiB")
+    add("--device", choices=tuple(BACKENDS), default="cpu", help="where layers are computed")
 
 
 def settings(options) -> tuple[dict, dict]:
@@ -70,6 +72,7 @@ def settings(options) -> tuple[dict, dict]:
         "format": given["format"],
         "dtype": None if given["dtype"] == "source" else getattr(torch, given["dtype"]),
         "memory": None if options.memory is None else byte_count(options.memory),
+        "device": options.device,
     }
 
 

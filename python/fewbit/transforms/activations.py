@@ -65,13 +65,14 @@ class QuantizeActivations(Transform):
         if scheme.kv_bits < FLOAT_BITS:
             for sub in family.sublayers:
                 if sub.heads:
-                    attach_kv(
+                    online = attach_kv(
                         layer.get_submodule(sub.writes.rpartition(".")[0]),
                         head_dim(context.config),
                         bits=scheme.kv_bits,
                         symmetric=self.kv_symmetric,
                         clip=_clip(self.kv_clip, scheme.kv_bits, 0.95),
                     )
+                    online.to(layer.get_submodule(sub.writes).weight.device)
 
     def _grid(
         self, layer: nn.Module, paths: tuple[str, ...], context: LayerContext

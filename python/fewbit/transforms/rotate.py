@@ -202,7 +202,8 @@ class Rotate(Transform):
                     down = linears[sub.writes]
                     r4 = self._r4(down.in_features, context.index)
                     down.weight.data = r4.right(down.weight.data)
-                    attach(down, "online_hadamard", OnlineHadamard(r4))
+                    online = OnlineHadamard(r4).to(down.weight.device)
+                    attach(down, "online_hadamard", online)
 
     def _attention(self, layer: nn.Module, sub: Sublayer, context: LayerContext) -> None:
         dim = head_dim(context.config)
@@ -213,7 +214,9 @@ class Rotate(Transform):
             o = linear_at(layer, sub.writes)
             o.weight.data = _blocks(o.weight.data, dim, r2)
         if self.r3 and context.family.rope:
-            attach_kv(layer.get_submodule(sub.writes.rpartition(".")[0]), rotate=True, width=dim)
+            attention = layer.get_submodule(sub.writes.rpartition(".")[0])
+            device = linear_at(layer, sub.writes).weight.device
+            attach_kv(attention, rotate=True, width=dim).to(device)
         elif self.r3:
             for path in (sub.query, sub.key):
                 _rotate_outputs(linear_at(layer, path), rotation(dim))

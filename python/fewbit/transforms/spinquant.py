@@ -154,14 +154,17 @@ class _Twin:
                     transform.layer(layer, LayerContext(index, family, config, scheme, {}))
         width, dim = config.hidden_size, head_dim(config)
         self.dim = dim
+        device = self.model.get_submodule(family.embed).weight.device
         start = rotation(width, spin.start[0], spin.seed, keep).matrix()
         # With the mean kept, the free part is the n - 1 dimensions beside it.
         self.frame = householder_to_mean(width) if keep else None
         free = start if self.frame is None else (self.frame @ start @ self.frame)[1:, 1:]
-        self.r1 = Stiefel(free, spin.optimizer)
+        self.r1 = Stiefel(free.to(device), spin.optimizer)
         layers = len(decoder_layers(self.model, family))
         self.r2 = [
-            Stiefel(rotation(dim, spin.start[1], spin.seed + 1 + i).matrix(), spin.optimizer)
+            Stiefel(
+                rotation(dim, spin.start[1], spin.seed + 1 + i).matrix().to(device), spin.optimizer
+            )
             for i in range(layers)
         ]
         if spin.range_steps:
@@ -184,8 +187,8 @@ class _Twin:
     def full_r1(self, free: Tensor) -> Tensor:
         if self.frame is None:
             return free
-        frame = self.frame.to(free.dtype)
-        return frame @ torch.block_diag(torch.ones(1, 1, dtype=free.dtype), free) @ frame
+        frame = self.frame.to(free)
+        return frame @ torch.block_diag(free.new_ones(1, 1), free) @ frame
 
     def parameters(self) -> dict[str, Tensor]:
         """Every rotated parameter by its path, differentiable in R1 and R2."""
@@ -224,7 +227,7 @@ class _Twin:
         self, new: dict, of: dict, path: str, r2: Tensor, rows: Tensor | None
     ) -> None:
         w = new[f"{path}.weight"]
-        rows = torch.arange(len(w)) if rows is None else rows
+        rows = (torch.arange(len(w)) if rows is None else rows).to(w.device)
         turned = torch.einsum("ij,hik->hjk", r2, w[rows].reshape(-1, self.dim, w.shape[1]))
         new[f"{path}.weight"] = w.index_copy(0, rows, turned.reshape(-1, w.shape[1]))
         if f"{path}.bias" in of:

@@ -43,11 +43,12 @@ class Stiefel:
             a = self.momentum / (1 - 0.9**self.steps)
             a = a / ((self.second / (1 - 0.99**self.steps)).sqrt() + 1e-12)
             rate = lr  # every entry of the skew matrix moves by about lr, and a stays skew
-        eye = torch.eye(len(r))
+        eye = torch.eye(len(r), device=r.device)
         self.value.copy_(torch.linalg.solve(eye + rate / 2 * a, (eye - rate / 2 * a) @ r))
         self.value.grad = None
 
     def result(self) -> Tensor:
-        """The closest orthogonal matrix in float64: rounding has drifted by a few ulp."""
-        u, _, v = torch.linalg.svd(self.value.detach().to(torch.float64))
+        """The closest orthogonal matrix in float64, on the CPU: rounding has drifted by a few ulp.
+        """
+        u, _, v = torch.linalg.svd(self.value.detach().cpu().to(torch.float64))
         return u @ v
