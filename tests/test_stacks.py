@@ -88,3 +88,13 @@ def test_every_expert_is_counted_and_too_few_tokens_are_reported(name):
             assert record.rung == 0
     with pytest.raises(fewbit.errors.HessianError, match="no token is routed to this expert"):
         fewbit.quantize_(tiny(name), "gptq", "w3a16g8", windows, progress=False, strict=True)
+
+
+@pytest.mark.parametrize("target", ["gptaq", "qronos"])
+def test_an_expert_without_pairs_of_tokens_aims_at_its_own_output_and_says_so(target):
+    model, windows = tiny("mixtral"), calibrate.Windows([probe(1, 16)])
+    report = fewbit.quantize_(model, "gptq", "w3a16g8", windows, progress=False, target=target)
+    for record in report.linears:
+        assert ("float model's router" in record.info.get("target", "")) == (
+            ".experts." in record.name and record.tokens > 0
+        )

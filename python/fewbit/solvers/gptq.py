@@ -106,7 +106,11 @@ class GPTQ(Solver):
         grid = (scheme.bits, scheme.group_size, scheme.symmetric, scheme.scale_dtype)
         if factor is None:
             return Codes(*ops.quantize(weight, *grid)), info
-        goal = self._goal(weight, stats, factor)
+        if self.needs_cross and stats.routed and stats.cross is None:
+            info["target"] = "weight: the float model's router sends this expert other tokens"
+            goal = weight
+        else:
+            goal = self._goal(weight, stats, factor)
         codes = self._round(goal, grid, factor)
         if not self.clip:
             codes, info["widened"] = self._widen(goal, codes, grid, factor)
@@ -128,8 +132,13 @@ class GPTQ(Solver):
         self._last = None  # frees the old one before the new one is made
         order = self._order(stats.gram, scheme)
         factor = factorize(stats.gram, self.damp, order)
-        self._last = (weakref.ref(stats), key, factor)
+        self._last = (weakref.ref(stats, self._forget), key, factor)
         return factor
+
+    def _forget(self, stats: weakref.ref) -> None:
+        """A factor is as large as a Gram matrix: it goes when its statistics go."""
+        if self._last is not None and self._last[0] is stats:
+            self._last = None
 
     def _order(self, gram: Tensor, scheme: Scheme) -> Tensor | None:
         columns, diagonal = gram.shape[0], gram.diagonal()
@@ -196,14 +205,14 @@ class GPTQ(Solver):
             at = at[factor.order]
         w = goal.to(factor.c.dtype)
         w = w if factor.order is None else w[:, factor.order]
-        widened = torch.zeros(codes.scale.shape, dtype=torch.bool)
+        widened = torch.zeros_like(codes.scale, dtype=torch.bool)
         for _ in range(64):  # 1.1^64 > 400 times the range
             back = ops.dequantize(*codes, group_size).to(w.dtype)
             back = back if factor.order is None else back[:, factor.order]
             targets = back + by_rows(lambda d: d @ factor.c, w - back)
             q = (targets / codes.scale.float()[:, at]).round() + codes.zero_point.float()[:, at]
             outside = ((q < 0) | (q > 2**bits - 1)).float()
-            clipped = torch.zeros(codes.scale.shape).index_add_(1, at, outside) > 0
+            clipped = torch.zeros_like(codes.scale).float().index_add_(1, at, outside) > 0
             if not bool(clipped.any()):
                 break
             widened |= clipped

@@ -43,7 +43,7 @@ class OBQ(Solver):
         level = h.diagonal().mean()
         if not bool(level > 0) or not bool(h.isfinite().all()):
             raise HessianError("the Hessian is zero or not finite")
-        h = h / level + self.damp * torch.eye(columns, dtype=h.dtype)
+        h = h / level + self.damp * torch.eye(columns, dtype=h.dtype, device=h.device)
         grid = (scheme.bits, scheme.group_size, scheme.symmetric, scheme.scale_dtype)
         _, scale, zero_point = ops.quantize(weight, *grid)
         return Codes(self.round(weight, h, scale, zero_point, scheme), scale, zero_point), {}
@@ -79,7 +79,7 @@ def greedy(
     codes = torch.zeros_like(w)
     # All rows at once; each has its own order, hence its own inverse.
     inverse = torch.linalg.inv(h).expand(rows, columns, columns).clone()
-    free = torch.ones(rows, columns, dtype=torch.bool)
+    free = torch.ones(rows, columns, dtype=torch.bool, device=w.device)
     row = torch.arange(rows)
     for _ in range(columns):
         nearest = ((w / s).round() + z).clamp(0, 2**bits - 1)
