@@ -1,9 +1,10 @@
 """The README's tables of perplexities, from what was measured: python scripts/accuracy_table.py
 
 tests/results/accuracy holds, by model, the accuracy.json that `fewbit bench accuracy` writes, and
-tests/results/peers.json and methods.json what tests/bench_peers.py and bench_methods.py do. Without
-arguments the tables are printed; ``--write`` puts them into README.md and its translations, between
-their marks; ``--add FILE ..`` takes cells over from accuracy.json files first.
+tests/results/peers.json, methods.json and rotation.json what tests/bench_peers.py, bench_methods.py
+and bench_rotation.py do. Without arguments the tables are printed; ``--write`` puts them into
+README.md and its translations, between their marks; ``--add FILE ..`` takes cells over from
+accuracy.json files first.
 """
 
 from __future__ import annotations
@@ -119,9 +120,9 @@ def peer_table() -> str:
     return "\n".join(lines)
 
 
-def methods_table() -> str:
-    """What bench_methods.py keeps: mean and standard deviation over draws of the outliers."""
-    results = json.loads((RESULTS / "methods.json").read_text(encoding="utf-8"))
+def seeds_table(path: Path) -> str:
+    """What bench_methods.py and bench_rotation.py keep: mean and standard deviation over seeds."""
+    results = json.loads(path.read_text(encoding="utf-8"))
     models = results["models"]
     lines = ["| books_test perplexity | " + " | ".join(models) + " |"]
     lines.append("|---|" + "---|" * len(models))
@@ -147,8 +148,9 @@ def tables() -> dict[str, str]:
         found["seeds"] = accuracy_table(seeds)
     if (RESULTS / "peers.json").exists():
         found["peers"] = peer_table()
-    if (RESULTS / "methods.json").exists():
-        found["methods"] = methods_table()
+    for name in ("methods", "rotation"):
+        if (path := RESULTS / f"{name}.json").exists():
+            found[name] = seeds_table(path)
     return found
 
 

@@ -2,6 +2,7 @@
 
     python tests/bench_rotation.py [--models NAME ..] [--seeds N ..] [--rows LABEL ..]
         [--results FILE] [--text held-out] [--plot FILE.png]
+        [--write]    # the figures, for scripts/accuracy_table.py
     python tests/bench_rotation.py --sweep [--results FILE]   # SpinQuant's options and optimisers
 
 Per-token 4-bit activations and 4-bit weights with one scale per row; protocol: small_models.py.
@@ -13,9 +14,11 @@ an input whose largest number was above 50 times the mean stays above 10 by toke
 """
 
 import argparse
+import json
 import statistics
 import sys
 import time
+from pathlib import Path
 
 import torch
 
@@ -33,6 +36,7 @@ MODELS = ["opt-tiny-outliers", "llama-tiny-outliers"]
 KIND = "random-hadamard"
 ORDER = ["RTN", "QuaRot+RTN", "QuaRot+GPTQ", "SpinQuant+GPTQ"]
 UNSEEDED = ("RTN", "GPTQ")
+STORED = Path(__file__).resolve().parent / "results" / "rotation.json"
 # What SpinQuant may be told, one change at a time from its defaults; scored with GPTQ.
 SWEEP = {
     "defaults": {},
@@ -79,9 +83,11 @@ def measure(name: str, label: str, seed: int, arguments) -> float:
     return bench.score(arguments.windows)
 
 
-def table(name: str, arguments, results: small_models.Results) -> tuple[bool, dict[str, str]]:
+def table(
+    name: str, arguments, results: small_models.Results
+) -> tuple[bool, dict[str, list[float]]]:
     """Print the perplexities; whether the expected order holds in what was measured, and the
-    model's column of the summary."""
+    values by row."""
     protocol = f"{name}, {arguments.text}, {arguments.windows} windows"
     base = results.get(
         f"{protocol}, float", lambda: small_models.load(name, text=arguments.text).score(
@@ -89,31 +95,26 @@ def table(name: str, arguments, results: small_models.Results) -> tuple[bool, di
     )
     print(f"\n{protocol}: float {base:.2f}", flush=True)
     print("| method | mean | spread | seeds |\n|---|---|---|---|")
-    means, column = {}, {"float": f"{base:.2f}"}
+    found = {"float": [base]}
     for label in arguments.rows:
-        values = [
+        found[label] = values = [
             results.get(f"{protocol}, {label}, seed {seed}",
                         lambda seed=seed, label=label: measure(name, label, seed, arguments))
             for seed in ((0,) if label in UNSEEDED else arguments.seeds)
         ]
-        means[label] = statistics.mean(values)
         spread = f"{statistics.stdev(values):.2f}" if len(values) > 1 else ""
         shown = ", ".join(f"{v:.2f}" for v in values)
-        print(f"| {label} | {means[label]:.2f} | {spread} | {shown} |", flush=True)
-        shown = f"{means[label]:.2f}" if means[label] < 1000 else f"{means[label]:.1e}"
-        column[label] = shown + (f" ({spread})" if spread else "")
-    order = [label for label in ORDER if label in means]
-    good = all(means[a] >= means[b] for a, b in zip(order, order[1:], strict=False))
-    return good, column
+        print(f"| {label} | {statistics.mean(values):.2f} | {spread} | {shown} |", flush=True)
+    means = [statistics.mean(found[label]) for label in ORDER if label in found]
+    return all(a >= b for a, b in zip(means, means[1:], strict=False)), found
 
 
-def summary(columns: dict[str, dict[str, str]]) -> None:
-    """All models in one table, as in the README."""
-    labels = list(dict.fromkeys(label for column in columns.values() for label in column))
-    print("\n| W4A4 perplexity, mean (deviation) over seeds | " + " | ".join(columns) + " |")
-    print("|" + "---|" * (len(columns) + 1))
-    for label in labels:
-        print(f"| {label} | " + " | ".join(c.get(label, "") for c in columns.values()) + " |")
+def write(found: dict[str, dict[str, list[float]]], arguments) -> None:
+    """What scripts/accuracy_table.py makes the README's table of."""
+    rows = {label: {name: found[name][label] for name in found}
+            for label in ("float", *arguments.rows)}
+    protocol = {"seeds": arguments.seeds, "windows": arguments.windows, "models": list(found)}
+    STORED.write_text(json.dumps({**protocol, "rows": rows}, indent=1) + "\n")
 
 
 def sweep(name: str, arguments, results: small_models.Results) -> None:
@@ -194,6 +195,7 @@ def main():
     parser.add_argument("--text", default="test", choices=small_models.TEXTS)
     parser.add_argument("--sweep", action="store_true", help="SpinQuant's options, held-out text")
     parser.add_argument("--results", help="a JSON file to go on from")
+    parser.add_argument("--write", action="store_true", help=f"put the figures into {STORED.name}")
     parser.add_argument("--plot", help="FILE.png: one picture of the ratios per model")
     arguments = parser.parse_args()
     torch.set_num_threads(1)  # every number is the same on any machine with the same libraries
@@ -202,11 +204,12 @@ def main():
         for name in arguments.models:
             sweep(name, arguments, results)
         return 0
-    good, columns = True, {}
+    good, found = True, {}
     for name in arguments.models:
-        held, columns[name] = table(name, arguments, results)
+        held, found[name] = table(name, arguments, results)
         good &= held
-    summary(columns)
+    if arguments.write:
+        write(found, arguments)
     for name in arguments.models:
         good &= outliers(name, arguments.plot)
     print("\nall orders hold" if good else "\nan expected order does not hold")
