@@ -97,7 +97,8 @@ def choose(
 def candidates(scheme: Scheme) -> list[Recipe]:
     """The stacks of one width that are worth a trial, by what the scheme quantises."""
     if scheme.activation_bits == FLOAT_BITS:
-        return [build(name, scheme) for name in ("qronos", "awq+qronos", "quarot+qronos")]
+        names = ("qronos", "awq+qronos", "quarot+qronos")
+        return [build(n, scheme) for n in (names if scheme.kv_bits == FLOAT_BITS else names[2:])]
     fitted = {"fit_activations": True}
     rotated = [
         build("quarot+qronos", scheme, **fitted),

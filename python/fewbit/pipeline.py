@@ -315,7 +315,8 @@ def replace_module(root: nn.Module, path: str, module: nn.Module) -> None:
 def check(model: nn.Module, family: Family, recipe: Recipe) -> None:
     """Refuse before anything is changed: quantised twice, what cannot run."""
     scheme = recipe.scheme
-    if scheme.kv_bits < FLOAT_BITS and not recipe.quantizes_activations:
+    chooses = isinstance(recipe.solver, Auto)  # among recipes that do what the scheme says
+    if scheme.kv_bits < FLOAT_BITS and not recipe.quantizes_activations and not chooses:
         raise UsageError(
             f"scheme {scheme} quantises the KV cache, which method {recipe.name!r} does not do: "
             f"use a scheme such as w{scheme.bits}a16g128"
