@@ -134,6 +134,9 @@ static void tile(const W8A8Linear& a, int64_t block, int first_row, int64_t pane
   constexpr int across = panels * vectors, digits = digits_of(bits, codes);
   constexpr int quads = Unit::columns / 4;
   constexpr int chunk = dot_steps / quads;  // units between two widenings
+  // Sums of 32 bits need none. With few of them it is done all the same: a chain that starts anew
+  // need not wait for the last.
+  constexpr bool whole_group = wide_dot && rows * across * digits >= 16;
   const PackedLayout& l = a.layout;
   const int64_t groups = l.groups(), m = block * block_rows + first_row;
   const int64_t scale_bytes = a.scale_dtype == DType::f32 ? 4 : 2;
@@ -149,18 +152,21 @@ static void tile(const W8A8Linear& a, int64_t block, int first_row, int64_t pane
   }
 
   F32 total[rows][across];
-  for (int r = 0; r < rows; ++r)
+  int64_t token[rows];  // past the last: the last again
+  for (int r = 0; r < rows; ++r) {
+    token[r] = m + r < a.m ? m + r : a.m - 1;
     for (int c = 0; c < across; ++c) total[r][c] = F32::zero();
+  }
 
+  const int64_t group_units = l.group_units(), last_units = l.last_units();
   int64_t word = 0;
   for (int64_t g = 0; g < groups; ++g) {
-    const int64_t units = g + 1 < groups ? l.group_units() : l.last_units();
+    const int64_t units = g + 1 < groups ? group_units : last_units;
     I32 sum[rows][across][digits];
     for (int r = 0; r < rows; ++r)
       for (int c = 0; c < across; ++c)
         for (int d = 0; d < digits; ++d) sum[r][c][d] = I32::zero();
-    for (int64_t first = 0; first < units; first += chunk) {
-      const int64_t n = units - first < chunk ? units - first : chunk;
+    const auto add = [&](int64_t n) {  // n units to sum
       Dot part[rows][across][digits];
       for (int r = 0; r < rows; ++r)
         for (int c = 0; c < across; ++c)
@@ -172,15 +178,20 @@ static void tile(const W8A8Linear& a, int64_t block, int first_row, int64_t pane
           unit[c] = Unit::load(from);
           if (c % vectors == 0) ask_ahead(from);
         }
+        // All three unrolled, or the compiler keeps the sums in memory.
         FEWBIT_UNROLL
         for (int j = 0; j < quads; ++j) {
           U32 q[across];
           for (int c = 0; c < across; ++c) q[c] = unit[c].quad(j);
-          for (int r = 0; r < rows; ++r)
-            for (int d = 0; d < digits; ++d) {
-              const U32 left = U32::set(x[r * digits + d]);
-              for (int c = 0; c < across; ++c) part[r][c][d] = dot(part[r][c][d], q[c], left);
+          FEWBIT_UNROLL
+          for (int r = 0; r < rows * digits; ++r) {
+            const U32 left = U32::set(x[r]);
+            FEWBIT_UNROLL
+            for (int c = 0; c < across; ++c) {
+              Dot& to = part[r / digits][c][r % digits];
+              to = dot(to, q[c], left);
             }
+          }
           x += block_rows * digits;
         }
         word += Unit::words * panel_rows;
@@ -188,7 +199,12 @@ static void tile(const W8A8Linear& a, int64_t block, int first_row, int64_t pane
       for (int r = 0; r < rows; ++r)
         for (int c = 0; c < across; ++c)
           for (int d = 0; d < digits; ++d) sum[r][c][d] = sum[r][c][d] + widen(part[r][c][d]);
-    }
+    };
+    if constexpr (whole_group)
+      add(units);
+    else
+      for (int64_t first = 0; first < units; first += chunk)
+        add(units - first < chunk ? units - first : chunk);
     for (int c = 0; c < across; ++c) {
       const int64_t i = at[c / vectors] + g * panel_rows + c % vectors * F32::width;
       const F32 s = load_scale(a.scale, a.scale_dtype, i);
@@ -198,12 +214,12 @@ static void tile(const W8A8Linear& a, int64_t block, int first_row, int64_t pane
         __builtin_prefetch(a.zero_point + ahead);
       }
       for (int r = 0; r < rows; ++r) {
-        const int64_t mg = (m + r < a.m ? m + r : a.m - 1) * groups + g;
+        const int64_t mg = token[r] * groups + g;
         if constexpr (codes) {
           I32 d = sum[r][c][0];
           if constexpr (digits == 2) d = d + (sum[r][c][1] << digit_bits(bits));
           d = d - I32::load(a.zero_point + i) * I32::set(static_cast<const int32_t*>(a.x_sum)[mg]);
-          if (a.x_zero) d = d - I32::load(a.code_sum + i) * I32::set(a.x_zero[mg / groups]);
+          if (a.x_zero) d = d - I32::load(a.code_sum + i) * I32::set(a.x_zero[token[r]]);
           total[r][c] = fma(s, to_float(d), total[r][c]);
         } else {
           F32 v = to_float(sum[r][c][digits - 1]);
@@ -218,8 +234,7 @@ static void tile(const W8A8Linear& a, int64_t block, int first_row, int64_t pane
   }
   if constexpr (codes)
     for (int r = 0; r < rows; ++r)
-      for (int c = 0; c < across; ++c)
-        total[r][c] = total[r][c] * F32::set(a.x_scale[m + r < a.m ? m + r : a.m - 1]);
+      for (int c = 0; c < across; ++c) total[r][c] = total[r][c] * F32::set(a.x_scale[token[r]]);
   if (a.outliers) {
     OutlierProduct o = *a.outliers;
     if (outlier_rows > 0) {
@@ -235,9 +250,10 @@ static void tile(const W8A8Linear& a, int64_t block, int first_row, int64_t pane
   write_tile(a, m, panel * vectors, last * vectors, total);
 }
 
-// Rows and panels of one step: enough chains to hide latency, few enough to stay in registers. A
-// row's and a panel's result does not depend on its company.
+// Rows and panels of one step: enough chains to hide latency, few enough to stay in registers (sums
+// of 16 bits need others beside them). A row's and a panel's result does not depend on its company.
 constexpr int most_chains = FEWBIT_ISA_LEVEL >= 2 ? 16 : 8;
+constexpr int most_sums = FEWBIT_ISA_LEVEL == 3 ? 16 : FEWBIT_ISA_LEVEL == 2 ? 12 : 6;
 static constexpr int step_rows(int block_rows, int digits) {
   int rows = block_rows;
   while (rows > 1 && rows * digits * vectors > most_chains) rows /= 2;
@@ -245,7 +261,7 @@ static constexpr int step_rows(int block_rows, int digits) {
 }
 static constexpr int step_panels(int rows, int digits) {
   if (rows <= fixed_rows) return 1;  // bound by memory, which gives one stream more than several
-  const int panels = (FEWBIT_ISA_LEVEL >= 2 ? 12 : 6) / (rows * digits * vectors);
+  const int panels = most_sums / (rows * digits * vectors);
   return panels < 1 ? 1 : panels > 4 ? 4 : panels;
 }
 
