@@ -80,8 +80,10 @@ static void direct(const W4A16Linear& a, int first_row, int64_t vector, int64_t 
       for (int i = 0; i < Unit::columns; ++i) {
         F32 q[across];
         for (int c = 0; c < across; ++c) q[c] = unit[c].column(i);
+        FEWBIT_UNROLL
         for (int r = 0; r < rows; ++r) {
           const F32 left = F32::set(x[i * block_rows + r]);
+          FEWBIT_UNROLL
           for (int c = 0; c < across; ++c) sum[r][c] = fma(q[c], left, sum[r][c]);
         }
       }
