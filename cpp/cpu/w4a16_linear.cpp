@@ -110,8 +110,8 @@ static void direct_strip(const W4A16Linear& a, int64_t first, int64_t last) {
   // its company.
   constexpr int most = FEWBIT_ISA_LEVEL >= 2 ? 24 : 12;
   constexpr int rows = block_rows <= most ? block_rows : block_rows / 2;
-  constexpr int fit = (FEWBIT_ISA_LEVEL >= 2 ? 24 : 12) / rows;
-  constexpr int across = fit > 4 ? 4 : fit;
+  constexpr int sums = FEWBIT_ISA_LEVEL < 2 ? 12 : rows < 12 ? 16 : 24;  // 8 x 3 do not fit
+  constexpr int across = sums / rows;
   for (int64_t v = first * vectors; v < last * vectors; v += across)
     for (int r = 0; r < block_rows && r < a.m; r += rows)
       direct<bits, block_rows, rows, across>(a, r, v, last * vectors);
