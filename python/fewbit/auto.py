@@ -5,9 +5,9 @@
    squared gradient of the log-likelihood by that output (the Fisher information, diagonal over
    channels), G the Gram matrix of the inputs and dw_o the error that GPTQ leaves in row o.
 2. A knapsack gives each linear the width with which the sum of costs is least within the size.
-3. The candidates, single widths and mixed ones, are quantised on three quarters of the calibration
-   windows (of WINDOWS at even distances, where there are more) and compared by their KL divergence
-   on the last quarter; the least one wins, and then runs on all windows.
+3. The candidates, single widths and mixed ones, are quantised on every other calibration window
+   (of WINDOWS at even distances, where there are more) and compared by their KL divergence on the
+   windows between, then the other way round; the least mean wins, and then runs on all windows.
 """
 
 from __future__ import annotations
@@ -57,21 +57,22 @@ def choose(
             f"auto needs at least 4 calibration windows to hold one back, got {len(data.batches)}"
         )
     data = data.thinned(WINDOWS)
-    cut = len(data.batches) * 3 // 4
-    seen = Windows(data.batches[:cut], data.masks[:cut], data.source)
-    unseen = Windows(data.batches[cut:], data.masks[cut:], data.source)
+    halves = [Windows(data.batches[i::2], data.masks[i::2], data.source) for i in (0, 1)]
     family = describe(model)
     undo = linearise(model, family)
     try:
-        names, sizes, costs = predict(model, family, scheme, seen, widths)
+        names, sizes, costs = predict(model, family, scheme, data, widths)
         shapes = [tuple(model.get_submodule(n).weight.shape) for n in names]
     finally:
         undo()
-    reference = log_probabilities(model, unseen)
+    references = [log_probabilities(model, half) for half in halves]
 
     def measured(recipe: Recipe) -> float:
-        with trial(recipe, seen):
-            return compare(model, unseen, reference).kl
+        total = 0.0
+        for seen, unseen, reference in zip(halves, halves[::-1], references[::-1], strict=True):
+            with trial(recipe, seen):
+                total += compare(model, unseen, reference).kl
+        return total / 2
 
     found = [(measured(recipe), recipe) for recipe in candidates(scheme)]
     least, best = min(found, key=lambda pair: pair[0])
