@@ -78,10 +78,10 @@ CASES = {
     "kv bits must be 16 (float)": lambda d: kv.OnlineKV(8, bits=1),
     "a rotation must be one of": lambda d: orthogonal.rotation(8, "spin"),
     "group_size must be -1": lambda d: fewbit.reference.resolve_group(0, 8),
-    "points must be at least 1 and depth": lambda d: Clip(points=0),
-    "points must be at least 1, got 0": lambda d: SearchScale(0),
+    "depth must be in 0..1, got 1": lambda d: Clip(depth=1),
+    "points must be in 1..1000, got 0": lambda d: SearchScale(0),
     'r3 must be "hadamard"': lambda d: Rotate(r3="random"),
-    "steps and range_steps must be": lambda d: SpinQuant(steps=-1),
+    "range_steps must be in 0..100000, got -1": lambda d: SpinQuant(range_steps=-1),
     "has a symmetric grid only": lambda d: Int8Linear(
         codes(), w8a8(activations="tensor", symmetric_activations=False)
     ),

@@ -29,6 +29,7 @@ from .errors import (
 )
 from .families import Family, decoder_layers
 from .linearise import Experts
+from .scheme import check_int
 from .stats import Stats, sum_type
 
 
@@ -93,8 +94,14 @@ def tokenize(text: str, tokenizer) -> Tensor:
     return torch.tensor(tokenizer(text, add_special_tokens=False).input_ids, dtype=torch.int64)
 
 
+LARGEST = 1 << 24  # window, or number of them
+
+
 def cut(ids: Tensor, window: int, samples: int | None, source: str) -> Windows:
     """The first ``samples`` windows of ``window`` tokens, without overlap."""
+    check_int("window", window, 1, LARGEST)
+    if samples is not None:
+        check_int("samples", samples, 1, LARGEST)
     count = len(ids) // window
     if count == 0 or (samples is not None and count < samples):
         wanted = f"{samples or 1} windows of {window} tokens"

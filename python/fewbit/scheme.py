@@ -56,9 +56,9 @@ class Scheme:
     symmetric_activations: bool = True
 
     def __post_init__(self) -> None:
-        _check_bits("bits", self.bits, 2, 8)
-        _check_bits("activation_bits", self.activation_bits, 2, FLOAT_BITS)
-        _check_bits("kv_bits", self.kv_bits, 2, FLOAT_BITS)
+        check_int("bits", self.bits, 2, 8)
+        check_int("activation_bits", self.activation_bits, 2, FLOAT_BITS)
+        check_int("kv_bits", self.kv_bits, 2, FLOAT_BITS)
         size = self.group_size
         if not _is_int(size) or not (size == -1 or 1 <= size <= MAX_GROUP):
             raise UsageError(
@@ -119,6 +119,10 @@ def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _check_bits(name: str, value: int, low: int, high: int) -> None:
+MANY = 1000  # points of a grid, sweeps, epochs: more of them change nothing and take hours
+
+
+def check_int(name: str, value: int, low: int, high: int) -> None:
+    """UsageError unless ``value`` is a whole number in low..high."""
     if not _is_int(value) or not low <= value <= high:
         raise UsageError(f"{name} must be in {low}..{high}, got {value!r}")

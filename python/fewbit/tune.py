@@ -27,7 +27,7 @@ from .families import Family, decoder_layers
 from .linear import Int4Linear, Int8Linear, PackedLinear
 from .online import carry, straight_through
 from .pseudo import PseudoInt8Linear, activation_module, fake_quantize
-from .scheme import Codes
+from .scheme import MANY, Codes, check_int
 
 # their exact types, not subclasses
 TUNABLE = (PackedLinear, Int8Linear, Int4Linear, PseudoInt8Linear)
@@ -56,13 +56,13 @@ class Tune:
 
     def __post_init__(self) -> None:
         for name in ("epochs", "codes", "scales", "norms"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise UsageError(f"{name} must be at least 0, got {getattr(self, name)!r}")
-        if min(self.batch, self.solved) < 1 or not 0 < self.holdout < 1:
-            raise UsageError(
-                "batch and solved must be at least 1 and holdout in 0..1, got "
-                f"{self.batch}, {self.solved} and {self.holdout}"
-            )
+            if not 0 <= getattr(self, name) <= MANY:
+                raise UsageError(f"{name} must be in 0..{MANY}, got {getattr(self, name)!r}")
+        check_int("batch", self.batch, 1, MANY)
+        check_int("solved", self.solved, 1, 1000 * MANY)
+        check_int("seed", self.seed, 0, 2**32 - 1)
+        if not 0 < self.holdout < 1:
+            raise UsageError(f"holdout must be in 0..1, got {self.holdout}")
 
     def to_dict(self) -> dict:
         return asdict(self)

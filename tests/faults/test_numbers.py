@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from sweep import METHODS, digest, quantize
 
 import fewbit
-from fewbit import ops
+from fewbit import calibrate, ops, recipes
 from fewbit.calibrate import Windows
 from fewbit.errors import CalibrationError, UsageError
 from fewbit.report import REPORT
@@ -334,3 +334,27 @@ def test_f18_sums_are_the_same_bits_on_any_number_of_threads(count, seed):
     assert one == two == three
     exact = math.fsum(x.tolist())
     assert abs(one - exact) <= 2.0**-52 * 64 * float(x.double().abs().sum())
+
+
+ABSURD = {
+    "gptq": ("points", "sweeps", "block"), "awq": ("points",), "quarot": ("seed",),
+    "spinquant": ("steps", "range_steps"), "gptq+tune": ("epochs", "batch", "solved"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "method, option", [(method, option) for method, names in ABSURD.items() for option in names]
+)
+@pytest.mark.parametrize("value", [-1, 2**40, 2**63])
+def test_f07_an_option_of_absurd_size_is_one_sentence(method, option, value):
+    with pytest.raises(UsageError, match=rf"{option} must be in \d+\.\.\d+, got {value}"):
+        recipes.build(method, "w4a16g8", **{option: value})
+
+
+@pytest.mark.parametrize("name", ["window", "samples"])
+@pytest.mark.parametrize("value", [-1, 0, 10**9, 2**63])
+def test_f07_windows_of_absurd_size_are_one_sentence(name, value):
+    with pytest.raises(UsageError, match=rf"{name} must be in 1\.\.\d+, got {value}"):
+        calibrate.cut(torch.zeros(64, dtype=torch.int64), **{
+            "window": 8, "samples": 2, "source": "text", name: value,
+        })

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..errors import UsageError
-from ..scheme import Codes, Scheme
+from ..scheme import MANY, Codes, Scheme, check_int
 from ..stats import Stats
 from . import Solver
 
@@ -32,8 +32,9 @@ class Clip(Solver):
     def __init__(
         self, points: int = 10, depth: float = 0.5, skip: tuple[str, ...] = ()
     ) -> None:
-        if points < 1 or not 0 < depth < 1:
-            raise UsageError(f"points must be at least 1 and depth in 0..1, got {points}, {depth}")
+        check_int("points", points, 1, MANY)
+        if not 0 < depth < 1:
+            raise UsageError(f"depth must be in 0..1, got {depth}")
         self.points, self.depth, self.skip = points, depth, skip
 
     def build(

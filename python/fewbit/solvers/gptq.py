@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .. import ops
 from ..errors import HessianError, MissingCalibrationError, UsageError
-from ..scheme import Codes, Scheme
+from ..scheme import MANY, Codes, Scheme, check_int
 from ..stats import Stats
 from . import Solver
 from .factor import RUNGS, Factor, by_rows, factorize, scaled
@@ -69,6 +69,9 @@ class GPTQ(Solver):
         ):
             if value not in allowed:
                 raise UsageError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+        check_int("points", points, 1, MANY)
+        check_int("sweeps", sweeps, 0, MANY)
+        check_int("block", block, 1, 1 << 20)
         for name, value in (("damp", damp), ("strength", strength)):
             if not 0.0 <= value <= 1.0:
                 raise UsageError(f"{name} must be in 0..1, got {value!r}")

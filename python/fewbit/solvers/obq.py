@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import ops
 from ..errors import HessianError, MissingCalibrationError, UsageError
-from ..scheme import Codes, Scheme
+from ..scheme import MANY, Codes, Scheme, check_int
 from ..stats import Stats
 from . import Solver
 
@@ -30,6 +30,7 @@ class OBQ(Solver):
     needs_stats = True
 
     def __init__(self, damp: float = 0.01, sweeps: int = 0) -> None:
+        check_int("sweeps", sweeps, 0, MANY)
         self.damp, self.sweeps = damp, sweeps
 
     @torch.no_grad()

@@ -22,7 +22,7 @@ from ..families import Family, Sublayer, decoder_layers
 from ..kv import attach_kv, head_dim, require_interface
 from ..online import OnlineHadamard, attach
 from ..orthogonal import Rotation, rotation
-from ..scheme import Scheme
+from ..scheme import Scheme, check_int
 from . import LayerContext, Transform
 from .edges import inner_channels
 from .fold import FoldNorm, RMSNorm, float64, linear_at, norm_readers, untie_head
@@ -61,6 +61,7 @@ class Rotate(Transform):
             raise UsageError(f'r3 must be "hadamard" or None, got {r3!r}')
         if r4 not in (None, "hadamard", "random-hadamard", "fit"):
             raise UsageError(f'r4 must be "hadamard", "random-hadamard", "fit" or None, got {r4!r}')
+        check_int("seed", seed, 0, 2**32 - 1)
         self.r1, self.r2, self.r3, self.r4 = r1, r2, r3, r4
         self.seed, self.keeps_mean = seed, keeps_mean
         self._cache: dict[tuple, Rotation] = {}

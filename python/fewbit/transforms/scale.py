@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..errors import UsageError
 from ..reproducible import total
+from ..scheme import MANY, check_int
 from . import LayerContext, Transform
 from .edges import Edge, apply_scale, edges, fit_range
 from .race import Block, race
@@ -41,8 +42,7 @@ class SearchScale(Transform):
     ) -> None:
         if form not in FORMS:
             raise UsageError(f"form must be one of {', '.join(FORMS)}, got {form!r}")
-        if points < 1:
-            raise UsageError(f"points must be at least 1, got {points}")
+        check_int("points", points, 1, MANY)
         if not 0 <= alpha <= 1:
             raise UsageError(f"alpha of a closed form must be in 0..1, got {alpha}")
         self.points, self.form, self.alpha, self.inner = points, form, alpha, inner

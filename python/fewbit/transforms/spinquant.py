@@ -24,7 +24,7 @@ from ..families import Family, decoder_layers
 from ..kv import head_dim
 from ..online import straight_through
 from ..orthogonal import householder_to_mean, rotation
-from ..scheme import FLOAT_BITS, Scheme
+from ..scheme import FLOAT_BITS, MANY, Scheme, check_int
 from . import LayerContext, ranges
 from .activations import QuantizeActivations
 from .edges import inner_channels
@@ -76,11 +76,10 @@ class SpinQuant(Rotate):
             raise UsageError(f"optimizer must be one of {OPTIMIZERS}, got {optimizer!r}")
         if loss not in LOSSES:
             raise UsageError(f"loss must be one of {LOSSES}, got {loss!r}")
-        if steps < 0 or range_steps < 0 or batch < 1:
-            raise UsageError(
-                "steps and range_steps must be at least 0 and batch at least 1, got "
-                f"{steps}, {range_steps} and {batch}"
-            )
+        check_int("steps", steps, 0, 100 * MANY)
+        check_int("range_steps", range_steps, 0, 100 * MANY)
+        check_int("batch", batch, 1, MANY)
+        check_int("threads", threads, 1, MANY)
         self.steps, self.batch, self.weights, self.threads = steps, batch, weights, threads
         self.lr = lr if lr is not None else (0.001 if optimizer == "cayley-adam" else 1.5)
         self.optimizer, self.loss, self.start = optimizer, loss, (r1, r2)
