@@ -217,8 +217,10 @@ def _shaken(modules: list[nn.Module]) -> Iterator[None]:
     kept = [(p, p.data) for p in parameters.values()]
     try:
         for p, value in kept:
-            sign = torch.empty(value.shape).bernoulli_(0.5, generator=generator).to(value)
-            p.data = value + value * (sign * 2 - 1) * torch.finfo(value.dtype).eps
+            moved = torch.empty(value.shape).bernoulli_(0.5, generator=generator).to(value)
+            # In place: this may be the largest tensor of the model.
+            moved.mul_(2).sub_(1).mul_(value).mul_(torch.finfo(value.dtype).eps)
+            p.data = moved.add_(value)
         yield
     finally:
         for p, value in kept:

@@ -27,6 +27,7 @@ from .memory import resident
 from .recipes import Recipe
 from .shards import Shards
 from .source import Directory, Source
+from .stats import sum_type
 
 MIB = 1 << 20
 LIBRARIES = 96 * MIB  # code and buffers that the first products and rotations bring in
@@ -253,7 +254,8 @@ def estimate(
         for linear in (layers[0].get_submodule(path) for path in family.linears())
     ]
     undo()
-    inputs = sorted({k for _, k in shapes}, reverse=True)
+    width = {path: shape for path, shape in zip(family.linears(), shapes, strict=True)}
+    groups = [[width[path] for path in paths] for paths in family.inputs()]  # of common inputs
     sizes = [n * k for n, k in shapes]
     weights = max(sum(p.numel() for p in layer.parameters()) for layer in layers)
     rest = weights - sum(sizes)
@@ -274,25 +276,39 @@ def estimate(
     needed = data is not None or bool(float_transforms)
     outside = dtype.itemsize * outer
     if needed:
-        shaken = 4 * FLOAT * table if float_transforms else 0
+        shaken = FLOAT * table if float_transforms else 0
         wide = WIDE * (outer + table) if rotated else 0
         outside = max(FLOAT * outer + stored * table, FLOAT * outer + shaken, wide,
                       (FLOAT + dtype.itemsize) * outer)
-    # One layer: float weights still to be solved, packed ones, and the linear in hand.
+    # One layer. It is read; a run of windows is summed up beside the sums so far; transforms
+    # search, and the probe shakes a copy; then float weights still to be solved, packed ones, and
+    # the linear in hand.
+    sums = passing = 0
+    if data is not None:
+        cross = WIDE if recipe.solver.needs_cross else 0
+        sums = sum(k * k * (sum_type(k).itemsize + cross) for (_, k), *_ in groups)
+        passing = 4 * FLOAT * (max(k for _, k in shapes) + model.config.hidden_size)
+    floats_stay = recipe.solver.needs_cross
     solving = max(
-        FLOAT * (sum(sizes[i:]) + rest) + sum(packed[:i]) + transient(recipe, n, k)
+        FLOAT * (weights if floats_stay else sum(sizes[i:]) + rest) + sum(packed[:i])
+        + transient(recipe, n, k)
         for i, (n, k) in enumerate(shapes)
     )
-    layer = max(FLOAT * weights + stored * biggest, solving)
+    layer = max(
+        FLOAT * weights + stored * biggest,
+        FLOAT * weights + sums * min(2, tokens // max(window, 1)) + passing * window,
+        sums + solving,
+    )
     if float_transforms:
-        layer = max(layer, FLOAT * (2 * weights + 4 * biggest))
+        searched = any(t.needs_stats for t in float_transforms)
+        largest = max(sum(n * k for n, k in group) for group in groups)
+        layer = max(
+            layer,
+            FLOAT * 2 * (weights + biggest) + searched * sums,
+            FLOAT * (weights + 3 * largest) + sums if searched else 0,
+        )
     if rotated:
         layer = max(layer, WIDE * (weights + 2 * biggest))
-    grams = passing = 0
-    if data is not None:
-        grams = FLOAT * sum(k * k for k in inputs) * (2 if recipe.solver.needs_cross else 1)
-        passing = FLOAT * (sum(n for n, _ in shapes) + 4 * max(inputs))
-        layer += grams + passing * window
     if whole:
         layer += FLOAT * (outer + weights * count)
         outside += FLOAT * weights * count
@@ -352,23 +368,25 @@ def shards_largest(shards: Shards) -> int:
 def transient(recipe: Recipe, n: int, k: int) -> int:
     """Bytes beside the weights while one linear is solved: codes, the way back, the error."""
     e, kind = n * k, type(getattr(recipe.solver, "base", recipe.solver)).__name__
-    error = (16 if recipe.needs_stats else 12) * e
-    if kind == "GPTQ":
-        return max(error, 5 * e) + 3 * FLOAT * k * k
+    if kind == "GPTQ":  # the factor, while it is made; then beside the goal and its codes
+        wide = WIDE * e if recipe.solver.needs_cross else 0
+        return max(int(1.45 * FLOAT * k * k), FLOAT * k * k + 6 * e + 3 * wide)
     if kind == "Clip":
-        return max(error, 24 * e)
-    return error
+        return 24 * e + FLOAT * k * k
+    return (16 if recipe.needs_stats else 12) * e
 
 
 def work(recipe: Recipe, n: int, k: int, tokens: int, first: bool) -> float:
     """Flops of statistics and search for one linear, in units of plain products."""
+    from .pipeline import ERROR_ROWS
+
     if not recipe.needs_stats:
         return 0.0
-    total = 2.0 * n * k * k  # the error report
+    total = 2.0 * min(n, ERROR_ROWS) * k * k  # the error report
     if first:
         total += tokens * k * k  # the Gram matrix
     if type(getattr(recipe.solver, "base", recipe.solver)).__name__ == "GPTQ":
-        total += 4.0 * n * k * k + (4.0 * k**3 if first else 0.0)
+        total += 1.0 * n * k * k + (0.5 * k**3 if first else 0.0)
     for transform in recipe.transforms:
         if type(transform).__name__ == "SearchScale":
             total += 2.0 * n * k * k * 4
