@@ -121,7 +121,7 @@ class Plan:
             worst = max(self.phases, key=lambda phase: phase.memory)
             needs = -(-self.memory // MIB)
             others = [p.memory for p in self.phases if p.name != "layers"]
-            fits = self.device == CPU and self.base + max(others) <= memory
+            fits = self.device == CPU and self.base + max(others, default=0) <= memory
             shorter = self._shorter(over, fits)
             raise UsageError(
                 f"--memory {memory // MIB}MiB is too little: phase {worst.name!r} needs {needs} "
