@@ -46,7 +46,7 @@ def run_arguments(parser) -> None:
     add("--window", type=int, metavar="N", help="calibration tokens a window (512)")
     add("--samples", type=int, metavar="N", help="calibration windows (32)")
     add("--format", metavar="F", help=f"{', '.join(WRITERS)} ({DEFAULTS['format']})")
-    add("--dtype", choices=DTYPES, metavar="TYPE", help=f"of what stays float: {', '.join(DTYPES)}")
+    add("--dtype", choices=DTYPES, metavar="TYPE", help=f"of floats: {', '.join(DTYPES)}")
     add("--memory", metavar="BYTES", default=None, help="limit of this process, e.g. 3GiB")
     add("--device", choices=tuple(BACKENDS), default="cpu", help="where layers are computed")
 
