@@ -19,7 +19,7 @@ TRANSLATED = {
     "Two commands": "d0d71c6bc1f9a5c0",
     "Ten lines": "998bb77358af64f7",
     "Methods": "29faf840e332b0e7",
-    "Results": "d5ab58f6334928b2",
+    "Results": "dec91f4429defe06",
     "Models bigger than memory, and runs that stop": "ed20d408e00e464f",
     "How it is made": "181361d9e7be40ac",
     "Limits, said plainly": "bd8f9aaa74d5317e",
