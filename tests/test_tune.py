@@ -140,7 +140,7 @@ def test_directories_and_the_command_line_learn_too(tmp_path):
 def test_wrong_use():
     with pytest.raises(UsageError, match="codes must be in 0..1000"):
         tune.Tune(codes=-1)
-    with pytest.raises(UsageError, match="holdout in 0..1"):
+    with pytest.raises(UsageError, match="holdout must be above 0 and below 1"):
         tune.Tune(holdout=1.0)
     model, teacher = quantized("mixed", "w4a16g8")
     with pytest.raises(UsageError, match="cannot learn model.layers.0.*MixedLinear"):

@@ -62,7 +62,7 @@ class Tune:
         check_int("solved", self.solved, 1, 1000 * MANY)
         check_int("seed", self.seed, 0, 2**32 - 1)
         if not 0 < self.holdout < 1:
-            raise UsageError(f"holdout must be in 0..1, got {self.holdout}")
+            raise UsageError(f"holdout must be above 0 and below 1, got {self.holdout}")
 
     def to_dict(self) -> dict:
         return asdict(self)
