@@ -221,8 +221,17 @@ void tokens() {
       Data<int8_t> q(M * K);
       Data<float> s(M);
       Data<int32_t> z(M);
-      run(QuantizePerToken{x.data(), nullptr, nullptr, nullptr, q.data(), s.data(), z.data(),
-                           DType::f32, {symmetric}, M, K});
+      run(QuantizePerToken{x.data(),
+                           nullptr,
+                           nullptr,
+                           nullptr,
+                           q.data(),
+                           s.data(),
+                           z.data(),
+                           DType::f32,
+                           {symmetric},
+                           M,
+                           K});
       return bytes(q, s, z);
     });
     check("norm_quantize", [&] {
@@ -254,18 +263,38 @@ std::string float_product(const Weight& w, const Data<float>& x, int64_t m) {
 std::string integer_product(const Weight& w, const Data<float>& x, int64_t m, bool coded,
                             const OutlierProduct* outliers) {
   const PackedLayout& l = w.layout;
-  const int64_t rows = integer_rows(m), blocks = ceil_div(m, rows);
+  const bool tiles =
+      m > integer_block_rows && (cpu::isa() == Isa::scalar || cpu::isa() == Isa::avx512amx);
+  const int64_t rows = integer_rows(m, tiles, coded), blocks = ceil_div(m, rows);
   const int64_t digits = coded ? 2 : max_digits;
+  const int64_t columns = tiles ? l.tiles() * tile_columns : l.padded_columns();
   const Data<int8_t> a = codes<int8_t>(m * K, 127);
   const Data<float> token_scale(m, 0.5f);
-  Data<uint32_t> in(blocks * rows * (l.padded_columns() / 4) * digits);
+  Data<uint32_t> in(blocks * rows * (columns / 4) * digits);
   Data<float> scale(m * groups), out(m * N);
   Data<int32_t> sum(m * groups);
+  Data<uint8_t> decoded(ceil_div(l.panels(), 2) * 2 * l.tiles() * tile_bytes);
   run(Digits{coded ? static_cast<const void*>(a.data()) : x.data(), in.data(), scale.data(),
              sum.data(), coded, DType::f32, m, rows, l});
-  run(W8A8Linear{in.data(), coded ? token_scale.data() : scale.data(), sum.data(), nullptr, nullptr,
-                 coded, w.packed.data(), w.scale.data(), w.zero_point.data(), nullptr, outliers,
-                 cpu::kernel_for<OutlierProduct>(), out.data(), DType::f32, DType::f32, m, rows, 2,
+  run(W8A8Linear{in.data(),
+                 coded ? token_scale.data() : scale.data(),
+                 sum.data(),
+                 nullptr,
+                 nullptr,
+                 coded,
+                 w.packed.data(),
+                 w.scale.data(),
+                 w.zero_point.data(),
+                 nullptr,
+                 decoded.data(),
+                 outliers,
+                 cpu::kernel_for<OutlierProduct>(),
+                 out.data(),
+                 DType::f32,
+                 DType::f32,
+                 m,
+                 rows,
+                 2,
                  l});
   return bytes(in, out);
 }
@@ -276,7 +305,8 @@ void products() {
     const Weight w(bits);
     for (const int64_t m : {int64_t(1), int64_t(5), M})
       check("w4a16_linear", [&] { return float_product(w, x, m); });
-    check("w4a16_linear, digits", [&] { return integer_product(w, x, 2, false, nullptr); });
+    for (const int64_t m : {int64_t(2), M})
+      check("w4a16_linear, digits", [&] { return integer_product(w, x, m, false, nullptr); });
     check("w8a8_linear", [&] { return integer_product(w, x, M, true, nullptr); });
   }
   const Weight w(8);

@@ -21,7 +21,7 @@ TRANSLATED = {
     "Methods": "29faf840e332b0e7",
     "Results": "dec91f4429defe06",
     "Models bigger than memory, and runs that stop": "ed20d408e00e464f",
-    "How it is made": "181361d9e7be40ac",
+    "How it is made": "73287ef938be2e95",
     "Limits, said plainly": "bd8f9aaa74d5317e",
 }
 

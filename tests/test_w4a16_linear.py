@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fewbit import ops
+from fewbit import _C, ops
 from grids import DTYPES, PACKED_BITS
 
 SIZES = [0, 1, 2, 3, 7, 8, 15, 16, 17, 31, 33, 63, 65, 127, 129]
@@ -28,16 +28,15 @@ def check_product(ms, n, k, bits, group_size, dtype, scale_dtype="float16", bias
     gamma = (k + 3) * u / (1 - (k + 3) * u)
     size = (q.double() + z) * s
     plain = gamma * (exact_x.abs() @ size.T)
-    # Up to two rows run in 24-bit fixed point: every x moves by at most 2^-23 of its group's
-    # largest (w8a8_linear.h); twice that covers the rounding of the digits' sum.
-    few = exact_x[:2]
-    top = [g.abs().amax(1, keepdim=True).expand_as(g) for g in few.split(group, 1) if k]
-    fixed = plain[:2] + 2.0**-22 * ((torch.cat(top, 1) if k else few) @ size.T)
+    # Up to two rows, with AMX any number, run in 24-bit fixed point: every x moves by at most 2^-23
+    # of its group's largest (w8a8_linear.h); twice that covers the rounding of the digits' sum.
+    top = [g.abs().amax(1, keepdim=True).expand_as(g) for g in exact_x.split(group, 1) if k]
+    fixed = plain + 2.0**-22 * ((torch.cat(top, 1) if k else exact_x) @ size.T)
     for m in ms:
         bias = b if biased is None or m in biased else None
         out = ops.w4a16_linear(x[:m], *packed, bias, n, bits, group_size)
         assert out.dtype == dtype and out.shape == (m, n)
-        want, bound = exact[:m], (fixed if m <= 2 else plain)[:m]
+        want, bound = exact[:m], (fixed if m <= 2 or _C.isa() == "avx512amx" else plain)[:m]
         if bias is not None:
             want = want + b.double()
             bound = bound + u * (want.abs() + b.double().abs())

@@ -19,7 +19,7 @@ def random_weight(n, k, bits, group_size, extreme=False):
 
 
 @pytest.mark.parametrize("bits", PACKED_BITS)
-@pytest.mark.parametrize("m", [0, 1, 2, 3, 5, 8, 9, 33])
+@pytest.mark.parametrize("m", [0, 1, 2, 3, 5, 8, 9, 20, 33, 101])
 def test_integer_sums_are_exact(isa, m, bits):
     for n in SIZES[::2] if isa != "scalar" else SIZES[::4]:
         for k in [1, 3, 8, 31, 64, 129, 700]:
@@ -87,12 +87,14 @@ def test_same_bits_on_every_isa():
     from fewbit import _C
 
     packed = ops.pack(*ops.quantize(torch.randn(40, 96), 4, 32), 4, 32)
-    x, before, results = torch.randn(7, 96), _C.isa(), []
-    for name in _C.available_isas():
-        _C.set_isa(name)
-        results.append(ops.w8a8_linear(x, *packed, None, 40, 4, 32))
-    _C.set_isa(before)
-    assert all(torch.equal(results[0], other) for other in results)
+    before = _C.isa()
+    for m in (7, 40):  # and as tiles, where there are any
+        x, results = torch.randn(m, 96), []
+        for name in _C.available_isas():
+            _C.set_isa(name)
+            results.append(ops.w8a8_linear(x, *packed, None, 40, 4, 32))
+        _C.set_isa(before)
+        assert all(torch.equal(results[0], other) for other in results)
 
 
 def test_not_finite_stays_not_finite(isa):

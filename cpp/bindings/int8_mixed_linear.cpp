@@ -116,7 +116,7 @@ Tensor int8_mixed_linear(const Tensor& x, const Tensor& packed, const Tensor& sc
 #endif
   const auto scratch = integer_scratch<uint8_t, Outlier, const float*>(l, m, true, true, columns,
                                                                        columns, kept ? columns : 0);
-  uint8_t* flag = scratch.get<6>();
+  uint8_t* flag = scratch.get<7>();
   std::fill_n(flag, columns, uint8_t(0));
   if (outliers)
     each_column(*outliers, "outliers", columns, [&](int64_t k, int64_t) { flag[k] = 1; });
@@ -125,7 +125,7 @@ Tensor int8_mixed_linear(const Tensor& x, const Tensor& packed, const Tensor& sc
         grain_for(m * OutlierColumns::block));
 
   std::optional<Tensor> float_columns;
-  const float** by_column = scratch.get<8>();
+  const float** by_column = scratch.get<9>();
   if (kept) {
     check_shape(*kept_weight, {kept->numel(), l.rows}, "kept_weight");
     check_dtype(*kept_weight, ScalarType::Float, "kept_weight");
@@ -135,7 +135,7 @@ Tensor int8_mixed_linear(const Tensor& x, const Tensor& packed, const Tensor& sc
       by_column[k] = data<float>(*float_columns) + i * l.rows;
     });
   }
-  Outlier* outlier = scratch.get<7>();
+  Outlier* outlier = scratch.get<8>();
   int64_t count = 0;
   const auto next = [&](int64_t k) -> int64_t {
     const void* found = std::memchr(flag + k, 1, size_t(columns - k));

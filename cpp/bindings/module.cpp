@@ -24,8 +24,8 @@ namespace {
 void set_isa(const std::string& name) {
   fewbit::Isa isa;
   if (!fewbit::cpu::parse_isa(name.c_str(), &isa))
-    throw std::invalid_argument("isa must be scalar, avx2, avx512 or avx512vnni, got \"" + name +
-                                "\" [FB100]");
+    throw std::invalid_argument(
+        "isa must be scalar, avx2, avx512, avx512vnni or avx512amx, got \"" + name + "\" [FB100]");
   if (isa > fewbit::cpu::best_isa())
     throw std::invalid_argument("isa " + name + " is not available: this machine and build have " +
                                 fewbit::cpu::isa_name(fewbit::cpu::best_isa()) +

@@ -44,7 +44,7 @@ Tensor w4a16_linear(const Tensor& x, const Tensor& packed, const Tensor& scale,
     return out;
   }
 #endif
-  if (m <= fixed_rows && l.group_size <= max_columns) {
+  if ((m <= fixed_rows || multiplies_tiles(l, m, false)) && l.group_size <= max_columns) {
     run_integer({in.const_data_ptr(), false, dtype, m, nullptr, nullptr, nullptr}, w, nullptr,
                 out.mutable_data_ptr(), dtype);
     return out;

@@ -66,7 +66,6 @@ struct UnitRows {
 
 // A tile is what moves between rows and lanes at a time: a cache line of codes of F32::width rows,
 // `stride` bytes apart, as whole units.
-constexpr int tile_columns = 64;
 template <int bits>
 constexpr int tile_units = tile_columns / UnitRows<bits>::columns;
 

@@ -5,11 +5,19 @@
 
 #include "fewbit/kernel.h"
 
+#if defined(FEWBIT_HAS_X86)
+#include <cpuid.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+#endif
+
 namespace fewbit::cpu {
 
 namespace {
 
-constexpr const char* names[isa_count] = {"scalar", "avx2", "avx512", "avx512vnni"};
+constexpr const char* names[isa_count] = {"scalar", "avx2", "avx512", "avx512vnni", "avx512amx"};
 
 Isa initial_isa() {
   Isa wanted;
@@ -27,6 +35,24 @@ std::atomic<Isa>& current() {
 
 }  // namespace
 
+#if defined(FEWBIT_HAS_X86)
+// Tiles of bytes, and the kernel's leave to use them: their 8 KiB of state are given on request,
+// to the whole process and what it forks, and not under an old kernel or with signal stacks too
+// small to hold them.
+static bool amx() {
+#if defined(__linux__)
+  unsigned a, b, c, d;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & bit_AMX_TILE) || !(d & bit_AMX_INT8))
+    return false;
+  constexpr int request_permission = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, its feature
+  static const bool granted = syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+  return granted;
+#else
+  return false;
+#endif
+}
+#endif
+
 Isa best_isa() {
 #if defined(FEWBIT_HAS_X86)
   __builtin_cpu_init();
@@ -34,7 +60,9 @@ Isa best_isa() {
                     __builtin_cpu_supports("f16c");
   if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-    return __builtin_cpu_supports("avx512vnni") ? Isa::avx512vnni : Isa::avx512;
+    return !__builtin_cpu_supports("avx512vnni") ? Isa::avx512
+           : amx()                               ? Isa::avx512amx
+                                                 : Isa::avx512vnni;
   if (avx2) return Isa::avx2;
 #endif
   return Isa::scalar;

@@ -28,7 +28,7 @@ using fewbit::to_float;  // beside the one for lanes
 
 // ---- float32 and uint32 lanes ------------------------------------------------------------------
 
-#if FEWBIT_ISA_LEVEL >= 2  // AVX-512 F, BW, DQ, VL; 3 adds VNNI
+#if FEWBIT_ISA_LEVEL >= 2  // AVX-512 F, BW, DQ, VL; 3 adds VNNI, 4 AMX (tiles.h)
 
 struct U32 {
   __m512i v;
@@ -207,18 +207,24 @@ struct I32 {
   FEWBIT_INLINE_MEMBER static I32 load(const uint8_t* p) {
     return {_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p))};
   }
+  FEWBIT_INLINE_MEMBER void store(int32_t* p) const { _mm512_storeu_si512(p, v); }
+  FEWBIT_INLINE_MEMBER void store_low_byte(int8_t* p) const {
+    _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(v));
+  }
 };
 FEWBIT_INLINE I32 operator+(I32 a, I32 b) { return {_mm512_add_epi32(a.v, b.v)}; }
 FEWBIT_INLINE I32 operator-(I32 a, I32 b) { return {_mm512_sub_epi32(a.v, b.v)}; }
 FEWBIT_INLINE I32 operator*(I32 a, I32 b) { return {_mm512_mullo_epi32(a.v, b.v)}; }
 FEWBIT_INLINE I32 operator<<(I32 a, int n) { return {_mm512_slli_epi32(a.v, unsigned(n))}; }
+FEWBIT_INLINE I32 operator>>(I32 a, int n) { return {_mm512_srai_epi32(a.v, unsigned(n))}; }
 FEWBIT_INLINE F32 to_float(I32 a) { return {_mm512_cvtepi32_ps(a.v)}; }
+FEWBIT_INLINE I32 to_int(F32 a) { return {_mm512_cvtps_epi32(a.v)}; }  // to nearest, ties to even
 
 struct Dot {
   __m512i v;
   FEWBIT_INLINE_MEMBER static Dot zero() { return {_mm512_setzero_si512()}; }
 };
-#if FEWBIT_ISA_LEVEL == 3
+#if FEWBIT_ISA_LEVEL >= 3
 constexpr bool wide_dot = true;
 FEWBIT_INLINE Dot dot(Dot sum, U32 q, U32 x) { return {_mm512_dpbusd_epi32(sum.v, q.v, x.v)}; }
 FEWBIT_INLINE I32 widen(Dot sum) { return {sum.v}; }
@@ -441,12 +447,18 @@ struct I32 {
   FEWBIT_INLINE_MEMBER static I32 load(const uint8_t* p) {
     return {_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p))};
   }
+  FEWBIT_INLINE_MEMBER void store(int32_t* p) const { _mm256_storeu_si256((__m256i*)p, v); }
+  FEWBIT_INLINE_MEMBER void store_low_byte(int8_t* p) const {
+    F32{_mm256_castsi256_ps(v)}.store_low_byte((uint8_t*)p);
+  }
 };
 FEWBIT_INLINE I32 operator+(I32 a, I32 b) { return {_mm256_add_epi32(a.v, b.v)}; }
 FEWBIT_INLINE I32 operator-(I32 a, I32 b) { return {_mm256_sub_epi32(a.v, b.v)}; }
 FEWBIT_INLINE I32 operator*(I32 a, I32 b) { return {_mm256_mullo_epi32(a.v, b.v)}; }
 FEWBIT_INLINE I32 operator<<(I32 a, int n) { return {_mm256_slli_epi32(a.v, n)}; }
+FEWBIT_INLINE I32 operator>>(I32 a, int n) { return {_mm256_srai_epi32(a.v, n)}; }
 FEWBIT_INLINE F32 to_float(I32 a) { return {_mm256_cvtepi32_ps(a.v)}; }
+FEWBIT_INLINE I32 to_int(F32 a) { return {_mm256_cvtps_epi32(a.v)}; }
 
 struct Dot {
   __m256i v;
@@ -550,12 +562,16 @@ struct I32 {
   FEWBIT_INLINE_MEMBER static I32 zero() { return {0}; }
   FEWBIT_INLINE_MEMBER static I32 load(const int32_t* p) { return {*p}; }
   FEWBIT_INLINE_MEMBER static I32 load(const uint8_t* p) { return {int32_t(*p)}; }
+  FEWBIT_INLINE_MEMBER void store(int32_t* p) const { *p = v; }
+  FEWBIT_INLINE_MEMBER void store_low_byte(int8_t* p) const { *p = int8_t(v); }
 };
 FEWBIT_INLINE I32 operator+(I32 a, I32 b) { return {a.v + b.v}; }
 FEWBIT_INLINE I32 operator-(I32 a, I32 b) { return {a.v - b.v}; }
 FEWBIT_INLINE I32 operator*(I32 a, I32 b) { return {a.v * b.v}; }
-FEWBIT_INLINE I32 operator<<(I32 a, int n) { return {a.v * (1 << n)}; }
+FEWBIT_INLINE I32 operator<<(I32 a, int n) { return {int32_t(uint32_t(a.v) << n)}; }
+FEWBIT_INLINE I32 operator>>(I32 a, int n) { return {a.v >> n}; }
 FEWBIT_INLINE F32 to_float(I32 a) { return {float(a.v)}; }
+FEWBIT_INLINE I32 to_int(F32 a) { return {int32_t(round_even(a.v))}; }
 
 struct Dot {
   int32_t v;

@@ -1,6 +1,7 @@
 #include "fewbit/w8a8_linear.h"
 
 #include "panels.h"
+#include "tiles.h"
 
 namespace fewbit::cpu::FEWBIT_ISA {
 
@@ -10,112 +11,155 @@ static constexpr int digits_of(int bits, bool codes) { return (codes ? 8 : 24) /
 
 // ---- activations to digits ---------------------------------------------------------------------
 
-constexpr int64_t piece = 256;  // columns in flight
+// Where the digits of one row go: `quantum` columns of a digit lie together, `digit` bytes before
+// those of the next digit and `step` bytes before the next columns of the same.
+template <int quantum>
+struct Places {
+  uint8_t* out;  // of the group's first columns
+  int64_t digit, step;
 
-// v to digits, one per byte: writes words of four columns, `stride` words apart.
-FEWBIT_INLINE void put_digits(int32_t* v, int64_t n, int digits, int shift, int64_t stride,
-                              uint32_t* out) {
-  int8_t bytes[piece] = {};
-  const int32_t half = 1 << (shift - 1), base = 1 << shift;
-  for (int d = 0; d < digits; ++d) {
-    const bool top = d + 1 == digits;
-    for (int64_t i = 0; i < n; ++i) {  // the balanced digit; what is left of the top one fits
-      const int32_t digit = top ? v[i] : ((v[i] + half) & (base - 1)) - half;
-      bytes[i] = int8_t(digit);
-      v[i] = (v[i] - digit) >> shift;
+  FEWBIT_INLINE_MEMBER uint8_t* at(int64_t column, int d) const {
+    return out + column / quantum * step + d * digit;
+  }
+  FEWBIT_INLINE_MEMBER void next_group(const PackedLayout& l) {
+    out += ceil_div(l.group_units() * unit_columns(l.bits), quantum) * step;
+  }
+};
+
+// Columns in flight: as many as a lane can add up, 2^8 of 2^23.
+constexpr int64_t piece = F32::width == 1 ? 64 : 256;
+// As far as the digits of n columns are written: whole tiles, or at least whole vectors.
+FEWBIT_INLINE int64_t filled(int64_t n) { return ceil_div(n, tile_columns) * tile_columns; }
+
+// Columns [k, k + n) of a group, 0 from n to filled(n), to digits; their sum.
+template <int quantum>
+FEWBIT_INLINE int64_t put_digits(const int32_t* v, int64_t k, int64_t n, int digits, int shift,
+                                 const Places<quantum>& to) {
+  alignas(line) int8_t bytes[max_digits][piece];
+  I32 sum = I32::zero();
+  for (int64_t i = 0; i < filled(n); i += F32::width) {
+    I32 rest = I32::load(v + i);
+    sum = sum + rest;
+    // The balanced digit is the low bits with their sign; what is left of the top one fits.
+    for (int d = 0; d + 1 < digits; ++d) {
+      const I32 digit = (rest << (32 - shift)) >> (32 - shift);
+      digit.store_low_byte(bytes[d] + i);
+      rest = (rest - digit) >> shift;
     }
-    for (int64_t i = 0; i < n; i += 4) __builtin_memcpy(out + i / 4 * stride + d, bytes + i, 4);
+    rest.store_low_byte(bytes[digits - 1] + i);
   }
+  for (int d = 0; d < digits; ++d)
+    for (int64_t i = 0; i < n; i += quantum)
+      __builtin_memcpy(to.at(k + i, d), bytes[d] + i, quantum);
+  int32_t lanes[F32::width];
+  sum.store(lanes);
+  int64_t all = 0;
+  for (int l = 0; l < F32::width; ++l) all += lanes[l];
+  return all;
 }
 
-FEWBIT_INLINE float max_abs(const float* x, int64_t n) {
-  float top = 0.0f;
-  for (int64_t i = 0; i < n; ++i) {
-    const float v = abs_of(x[i]);
-    top = v > top ? v : top;
-  }
-  return top;
-}
-
+// n <= piece elements of x as float32, zeros up to filled(n).
 template <class T>
-static void float_row(const Digits& a, int64_t m, int shift, int digits, int64_t stride,
-                      uint32_t* out) {
+FEWBIT_INLINE void load_piece(const T* x, int64_t n, float* f) {
+  int64_t i = 0;
+  for (; i + F32::width <= n; i += F32::width) F32::load(x + i).store(f + i);
+  for (; i < filled(n); ++i) f[i] = i < n ? to_float(x[i]) : 0.0f;
+}
+
+template <class T, int quantum>
+static void float_row(const Digits& a, int64_t m, int shift, int digits, Places<quantum> to) {
   const PackedLayout& l = a.layout;
   // The top digit of base 256 must stay below 128; base 16 has room (see w8a8_linear.h).
   const float limit = shift == 8 ? 8355711.0f : 8388608.0f;
+  alignas(line) float f[piece];
+  alignas(line) int32_t v[piece];
   for (int64_t g = 0; g < l.groups(); ++g) {
     const T* x = static_cast<const T*>(a.x) + m * l.columns + group_start(l, g);
     const int64_t n = group_length(l, g);
-    float top = 0.0f, poison = 0.0f;
-    float f[piece];
+    F32 largest = F32::zero(), poison = F32::zero();  // NaN once a value is not finite
     for (int64_t k = 0; k < n; k += piece) {
       const int64_t c = n - k < piece ? n - k : piece;
-      for (int64_t i = 0; i < c; ++i) {
-        f[i] = to_float(x[k + i]);
-        poison += f[i] * 0.0f;  // NaN once a value is not finite
+      load_piece(x + k, c, f);
+      for (int64_t i = 0; i < c; i += F32::width) {
+        const F32 some = F32::load(f + i);
+        largest = max(abs(some), largest);
+        poison = fma(some, F32::zero(), poison);
       }
-      const float t = max_abs(f, c);
-      top = t > top ? t : top;
     }
+    const float top = reduce_max(largest);
+    float bad = 0.0f;
+    for (int i = 0; i < F32::width; ++i) bad += lane(poison, i);
+    const bool finite = bad == 0.0f;
     // sx = 2^(e - 22) for max |x| in [2^e, 2^(e+1)), the exponent kept in a normal float's range.
     int32_t e = int32_t(bits_of(top) >> 23) - 22;
     e = e < 1 ? 1 : e;
     if (top * float_of(uint32_t(254 - e) << 23) > limit) ++e;
-    const bool bad = poison != poison;
-    const float inverse = bad ? 0.0f : float_of(uint32_t(254 - e) << 23);
+    const F32 inverse = F32::set(float_of(uint32_t(254 - e) << 23));
     int64_t sum = 0;
     for (int64_t k = 0; k < n; k += piece) {
       const int64_t c = n - k < piece ? n - k : piece;
-      int32_t v[piece];
-      for (int64_t i = 0; i < c; ++i)
-        v[i] = bad ? 0 : int32_t(round_even(to_float(x[k + i]) * inverse));
-      int64_t part = 0;
-      for (int64_t i = 0; i < c; ++i) part += v[i];
-      sum += part;
-      put_digits(v, c, digits, shift, stride, out + k / 4 * stride);
+      if (n > piece) load_piece(x + k, c, f);
+      for (int64_t i = 0; i < filled(c); i += F32::width)
+        (finite ? to_int(F32::load(f + i) * inverse) : I32::zero()).store(v + i);
+      sum += put_digits(v, k, c, digits, shift, to);
     }
-    a.scale[m * l.groups() + g] = bad ? __builtin_nanf("") : float_of(uint32_t(e) << 23);
+    a.scale[m * l.groups() + g] = finite ? float_of(uint32_t(e) << 23) : __builtin_nanf("");
     static_cast<float*>(a.sum)[m * l.groups() + g] = float(sum);
-    out += l.group_units() * (unit_columns(l.bits) / 4) * stride;
+    to.next_group(l);
   }
 }
 
-static void code_row(const Digits& a, int64_t m, int shift, int digits, int64_t stride,
-                     uint32_t* out) {
+template <int quantum>
+static void code_row(const Digits& a, int64_t m, int shift, int digits, Places<quantum> to) {
   const PackedLayout& l = a.layout;
   for (int64_t g = 0; g < l.groups(); ++g) {
     const int8_t* x = static_cast<const int8_t*>(a.x) + m * l.columns + group_start(l, g);
     const int64_t n = group_length(l, g);
     int32_t sum = 0;
-    for (int64_t k = 0; k < n; k += piece) {
+    int64_t k = 0;
+    if (digits == 1) {  // codes are their own digits
+      for (; k + quantum <= n; k += quantum) __builtin_memcpy(to.at(k, 0), x + k, quantum);
+      for (int64_t i = 0; i < k; ++i) sum += x[i];
+    }
+    for (; k < n; k += piece) {
       const int64_t c = n - k < piece ? n - k : piece;
       int32_t v[piece];
-      for (int64_t i = 0; i < c; ++i) {
-        v[i] = x[k + i];
-        sum += v[i];
-      }
-      put_digits(v, c, digits, shift, stride, out + k / 4 * stride);
+      for (int64_t i = 0; i < filled(c); ++i) v[i] = i < c ? x[k + i] : 0;
+      sum += int32_t(put_digits(v, k, c, digits, shift, to));
     }
     static_cast<int32_t*>(a.sum)[m * l.groups() + g] = sum;
-    out += l.group_units() * (unit_columns(l.bits) / 4) * stride;
+    to.next_group(l);
   }
+}
+
+template <int quantum>
+static void digit_row(const Digits& a, int64_t m, int shift, int digits, int64_t columns,
+                      const Places<quantum>& to) {
+  if (m >= a.m || columns != a.layout.columns)
+    for (int64_t k = 0; k < columns; k += quantum)
+      for (int d = 0; d < digits; ++d) __builtin_memset(to.at(k, d), 0, quantum);
+  if (m >= a.m) return;
+  if (a.codes)
+    code_row(a, m, shift, digits, to);
+  else
+    with_type(a.dtype, [&](auto* t) { float_row<element<decltype(t)>>(a, m, shift, digits, to); });
 }
 
 void kernel(const Digits& a, int64_t begin, int64_t end) {
   const int bits = a.layout.bits, shift = digit_bits(bits), digits = digits_of(bits, a.codes);
-  const int64_t quads = a.layout.padded_columns() / 4, stride = a.block_rows * digits;
+  const int64_t rows = a.block_rows;
+  uint8_t* out = reinterpret_cast<uint8_t*>(a.out);
   for (int64_t m = begin; m < end; ++m) {
-    uint32_t* out = a.out + m / a.block_rows * quads * stride + m % a.block_rows * digits;
-    if (m >= a.m || a.layout.padded_columns() != a.layout.columns)
-      for (int64_t i = 0; i < quads; ++i)
-        for (int d = 0; d < digits; ++d) out[i * stride + d] = 0;
-    if (m >= a.m) continue;
-    if (a.codes)
-      code_row(a, m, shift, digits, stride, out);
-    else
-      with_type(a.dtype, [&](auto* t) {
-        float_row<element<decltype(t)>>(a, m, shift, digits, stride, out);
-      });
+    if (in_tiles(rows)) {
+      const int64_t tiles = a.layout.tiles(), step = rows / tile_rows * digits * tile_bytes;
+      const int64_t at = m / rows * tiles * step + m % rows / tile_rows * tile_bytes;
+      const Places<tile_columns> to{out + at + m % tile_rows * tile_columns, tile_bytes, step};
+      digit_row(a, m, shift, digits, tiles * tile_columns, to);
+    } else {
+      const int64_t columns = a.layout.padded_columns(), step = rows * digits * 4;
+      const Places<4> to{out + m / rows * (columns / 4) * step + m % rows * digits * 4, 4, step};
+      digit_row(a, m, shift, digits, columns, to);
+    }
   }
 }
 
@@ -253,7 +297,7 @@ static void tile(const W8A8Linear& a, int64_t block, int first_row, int64_t pane
 // Rows and panels of one step: enough chains to hide latency, few enough to stay in registers (sums
 // of 16 bits need others beside them). A row's and a panel's result does not depend on its company.
 constexpr int most_chains = FEWBIT_ISA_LEVEL >= 2 ? 16 : 8;
-constexpr int most_sums = FEWBIT_ISA_LEVEL == 3 ? 16 : FEWBIT_ISA_LEVEL == 2 ? 12 : 6;
+constexpr int most_sums = FEWBIT_ISA_LEVEL >= 3 ? 16 : FEWBIT_ISA_LEVEL == 2 ? 12 : 6;
 static constexpr int step_rows(int block_rows, int digits) {
   int rows = block_rows;
   while (rows > 1 && rows * digits * vectors > most_chains) rows /= 2;
@@ -280,8 +324,220 @@ static void blocks(const W8A8Linear& a, int64_t first, int64_t last) {
                                                       b == b0 && r == 0 ? fit * block_rows : 0);
 }
 
+// ---- the product of tiles ----------------------------------------------------------------------
+
+#if FEWBIT_HAS_TILES
+
+// Codes less zero points as the right tiles of a panel: signed bytes, but 8-bit codes as they are,
+// whose zero point is subtracted from the sums.
 template <int bits>
-static void strips(const W8A8Linear& a, int64_t first, int64_t last) {
+static void decode(const W8A8Linear& a, int64_t panel, uint8_t* out) {
+  using Unit = UnitRows<bits>;
+  constexpr int quads = Unit::columns / 4;
+  const PackedLayout& l = a.layout;
+  const uint32_t* packed = a.packed + panel * l.panel_words();
+  for (int64_t g = 0; g < l.groups(); ++g) {
+    const int64_t units = g + 1 < l.groups() ? l.group_units() : l.last_units();
+    for (int v = 0; v < vectors; ++v) {
+      const int64_t at = (panel * l.groups() + g) * panel_rows + v * F32::width;
+      const U32 z = spread_bytes(a.zero_point + at);
+      uint8_t* to = out + v * F32::width * 4;
+      for (int64_t u = 0; u < units; ++u) {
+        const Unit unit = Unit::load(packed + u * Unit::words * panel_rows + v * F32::width);
+        FEWBIT_UNROLL
+        for (int j = 0; j < quads; ++j, to += tile_columns) {
+          const U32 q = unit.quad(j);
+          (bits == 8 ? q : subtract_bytes(q, z)).store(reinterpret_cast<uint32_t*>(to));
+        }
+      }
+    }
+    // Columns past the group's meet digits that are 0.
+    const int64_t tiles = ceil_div(units * quads, 16);
+    __builtin_memset(out + units * quads * 64, 0, size_t(tiles * tile_bytes - units * quads * 64));
+    packed += units * Unit::words * panel_rows;
+    out += tiles * tile_bytes;
+  }
+}
+
+// The left tiles of one step by the right tiles of two panels. Left tiles: `lefts` of them side by
+// side, three digits of 16 rows or up to three times 16 rows of codes.
+template <int bits, bool codes, int lefts>
+class TileStep {
+ public:
+  TileStep(const W8A8Linear& a, int64_t first_row, int64_t panel, int64_t last)
+      : a_(a), m_(first_row), panel_(panel), last_(last) {}
+
+  // right[p]: the tiles of panel p of the two.
+  void run(Tiles& t, const uint8_t* left, const uint8_t* const (&right)[2]) {
+    for (auto& total : total_) __builtin_memset(total, 0, sizeof total);
+    const PackedLayout& l = a_.layout;
+    int64_t k = 0;
+    for (int64_t g = 0; g < l.groups(); ++g) {
+      const int64_t stop = g + 1 < l.groups() ? k + l.group_tiles() : l.tiles();
+      // A few columns at a time, so that the second panel finds the left tiles in cache. A panel's
+      // sums are read when the other's products are under way.
+      for (bool first = true; k < stop; first = false) {
+        const int64_t n = stop - k < depth ? stop - k : depth;
+        const bool done = k + n == stop;
+        add<0>(t, first, left + k * lefts * tile_bytes, right[0] + k * tile_bytes, n);
+        if (first && g > 0) finish<1>(t, g - 1);
+        add<1>(t, first, left + k * lefts * tile_bytes, right[1] + k * tile_bytes, n);
+        if (done) finish<0>(t, g);
+        k += n;
+      }
+    }
+    if (l.groups() > 0) finish<1>(t, l.groups() - 1);
+  }
+
+  // Row r of the step, vector v of panel p.
+  F32 total(int p, int64_t r, int v) const {
+    return F32::load(total_[p] + r * panel_rows + v * F32::width);
+  }
+
+  static constexpr int64_t rows = codes ? lefts * tile_rows : tile_rows;
+
+ private:
+  static constexpr int64_t depth = 4;  // tiles
+
+  template <int p>
+  FEWBIT_INLINE_MEMBER void add(Tiles& t, bool first, const uint8_t* left, const uint8_t* right,
+                                int64_t n) {
+    constexpr int sum = p * lefts;
+    if (first) {
+      t.zero<sum>();
+      if constexpr (lefts > 1) t.zero<sum + 1>();
+      if constexpr (lefts > 2) t.zero<sum + 2>();
+    }
+    for (int64_t i = 0; i < n; ++i, left += lefts * tile_bytes) {
+      t.load<Tiles::right>(right + i * tile_bytes);
+      t.load<Tiles::left>(left);
+      t.dot<sum, bits != 8>();
+      if constexpr (lefts > 1) {
+        t.load<Tiles::left>(left + tile_bytes);
+        t.dot<sum + 1, bits != 8>();
+      }
+      if constexpr (lefts > 2) {
+        t.load<Tiles::left>(left + 2 * tile_bytes);
+        t.dot<sum + 2, bits != 8>();
+      }
+    }
+  }
+
+  // Adds the sums of group g.
+  template <int p>
+  FEWBIT_INLINE_MEMBER void finish(Tiles& t, int64_t g) {
+    constexpr int first = p * lefts;
+    alignas(line) int32_t sums[lefts][tile_rows][panel_rows];
+    t.store<first>(sums[0][0]);
+    if constexpr (lefts > 1) t.store<first + 1>(sums[1][0]);
+    if constexpr (lefts > 2) t.store<first + 2>(sums[2][0]);
+    const int64_t groups = a_.layout.groups();
+    const int64_t here = panel_ + p < last_ ? panel_ + p : last_ - 1;
+    const int64_t count = a_.m - m_ < rows ? a_.m - m_ : rows;
+    for (int v = 0; v < vectors; ++v) {
+      const int64_t at = (here * groups + g) * panel_rows + v * F32::width;
+      const F32 s = load_scale(a_.scale, a_.scale_dtype, at);
+      const auto sum = [&](int64_t left, int64_t r) {
+        return I32::load(&sums[left][r][v * F32::width]);
+      };
+      for (int64_t r = 0; r < count; ++r) {
+        const int64_t mg = (m_ + r) * groups + g;
+        float* out = total_[p] + r * panel_rows + v * F32::width;
+        const F32 total = F32::load(out);
+        if constexpr (codes) {
+          I32 d = sum(r / tile_rows, r % tile_rows);
+          if constexpr (bits == 8)
+            d = d -
+                I32::load(a_.zero_point + at) * I32::set(static_cast<const int32_t*>(a_.x_sum)[mg]);
+          if (a_.x_zero) d = d - I32::load(a_.code_sum + at) * I32::set(a_.x_zero[m_ + r]);
+          fma(s, to_float(d), total).store(out);
+        } else {
+          F32 d = to_float(sum(2, r));
+          d = fma(d, F32::set(256.0f), to_float(sum(1, r)));
+          d = fma(d, F32::set(256.0f), to_float(sum(0, r)));
+          if constexpr (bits == 8)
+            d = fnma(F32::load(a_.zero_point + at),
+                     F32::set(static_cast<const float*>(a_.x_sum)[mg]), d);
+          fma(s, d * F32::set(a_.x_scale[mg]), total).store(out);
+        }
+      }
+    }
+  }
+
+  const W8A8Linear& a_;
+  int64_t m_, panel_, last_;
+  alignas(line) float total_[2][rows * panel_rows];
+};
+
+template <int bits, bool codes, int lefts>
+static void tile_steps(const W8A8Linear& a, int64_t task, int64_t first, int64_t last) {
+  using Step = TileStep<bits, codes, lefts>;
+  const PackedLayout& l = a.layout;
+  const int64_t tiles = l.tiles(), step_bytes = lefts * tiles * tile_bytes;
+  const int64_t steps = ceil_div(a.m, Step::rows), fit = (1 << 20) / (step_bytes + 1) + 1;
+  const uint8_t* x = reinterpret_cast<const uint8_t*>(a.x);
+  uint8_t* decoded = a.decoded + task * 2 * tiles * tile_bytes;
+  Tiles t(a.m < tile_rows ? a.m : tile_rows);
+  // Rows in chunks whose tiles stay in the second-level cache while the panels pass.
+  for (int64_t s0 = 0; s0 < steps; s0 += fit)
+    for (int64_t p = first; p < last; p += 2) {
+      const uint8_t* right[2];
+      for (int i = 0; i < 2; ++i) {  // past the last: the last again, its results dropped
+        const int64_t here = p + i < last ? p + i : last - 1;
+        if (a.decoded) {
+          right[i] = decoded + i * tiles * tile_bytes;
+          if (here == p + i || i == 0)
+            decode<bits>(a, here, decoded + i * tiles * tile_bytes);
+          else
+            right[i] = right[0];
+        } else {  // 8-bit codes already lie as tiles
+          right[i] = reinterpret_cast<const uint8_t*>(a.packed + here * l.panel_words());
+        }
+      }
+      for (int64_t s = s0; s < steps && s < s0 + fit; ++s) {
+        const int64_t m = s * Step::rows;
+        Step step(a, m, p, last);
+        step.run(t, x + s * step_bytes, right);
+        const int64_t end = m + Step::rows < a.m ? m + Step::rows : a.m;
+        if (a.outliers && s == s0) {
+          OutlierProduct o = *a.outliers;
+          o.begin = m;
+          o.end = m + fit * Step::rows < a.m ? m + fit * Step::rows : a.m;
+          a.outlier_product(o, p, p + 2 < last ? p + 2 : last);
+        }
+        for (int64_t r = m; r < end; ++r)
+          for (int i = 0; i < 2 && p + i < last; ++i)
+            for (int v = 0; v < vectors; ++v) {
+              F32 total = step.total(i, r - m, v);
+              if constexpr (codes) total = total * F32::set(a.x_scale[r]);
+              if (a.outliers)
+                total =
+                    total + F32::load(a.outliers->out + a.outliers->at(r, p + i) + v * F32::width);
+              write(a, r, (p + i) * panel_rows + v * F32::width, total);
+            }
+      }
+    }
+}
+
+template <int bits>
+static void tile_strips(const W8A8Linear& a, int64_t task, int64_t first, int64_t last) {
+  if (!a.codes) return tile_steps<bits, false, 3>(a, task, first, last);
+  switch (a.block_rows / tile_rows) {
+    case 1: tile_steps<bits, true, 1>(a, task, first, last); break;
+    case 2: tile_steps<bits, true, 2>(a, task, first, last); break;
+    default: tile_steps<bits, true, 3>(a, task, first, last); break;
+  }
+}
+
+#endif
+
+template <int bits>
+static void strips(const W8A8Linear& a, int64_t task, int64_t first, int64_t last) {
+#if FEWBIT_HAS_TILES
+  if (in_tiles(a.block_rows)) return tile_strips<bits>(a, task, first, last);
+#else
+  (void)task;  // only tiles have scratch
+#endif
   if (a.codes) {
     switch (a.block_rows) {
       case 1: blocks<bits, true, 1>(a, first, last); break;
@@ -301,10 +557,10 @@ void kernel(const W8A8Linear& a, int64_t begin, int64_t end) {
   const int64_t panels = a.layout.panels(), first = begin * a.strip;
   const int64_t last = end * a.strip < panels ? end * a.strip : panels;
   switch (a.layout.bits) {
-    case 2: strips<2>(a, first, last); break;
-    case 3: strips<3>(a, first, last); break;
-    case 4: strips<4>(a, first, last); break;
-    case 8: strips<8>(a, first, last); break;
+    case 2: strips<2>(a, begin, first, last); break;
+    case 3: strips<3>(a, begin, first, last); break;
+    case 4: strips<4>(a, begin, first, last); break;
+    case 8: strips<8>(a, begin, first, last); break;
   }
 }
 

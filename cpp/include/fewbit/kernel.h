@@ -8,8 +8,8 @@
 
 namespace fewbit {
 
-enum class Isa : int { scalar = 0, avx2 = 1, avx512 = 2, avx512vnni = 3 };
-constexpr int isa_count = 4;
+enum class Isa : int { scalar = 0, avx2 = 1, avx512 = 2, avx512vnni = 3, avx512amx = 4 };
+constexpr int isa_count = 5;
 
 template <class Args>
 using Kernel = void (*)(const Args&, int64_t begin, int64_t end);  // tasks [begin, end)
@@ -19,7 +19,7 @@ namespace cpu {
 Isa isa();                      // the one in use
 Isa best_isa();                 // the best that this CPU and this build have
 void set_isa(Isa isa);          // trusts its argument: callers check against best_isa()
-const char* isa_name(Isa isa);  // "scalar", "avx2", "avx512", "avx512vnni"
+const char* isa_name(Isa isa);  // "scalar", "avx2", "avx512", "avx512vnni", "avx512amx"
 bool parse_isa(const char* name, Isa* isa);
 
 template <class Args>
@@ -34,34 +34,38 @@ Kernel<Args> kernel_for() {
 }  // namespace fewbit
 
 #if defined(FEWBIT_HAS_X86)
-#define FEWBIT_KERNEL_FOR(Args, avx512vnni_isa)               \
-  namespace cpu {                                             \
-  namespace scalar {                                          \
-  void kernel(const Args&, int64_t begin, int64_t end);       \
-  }                                                           \
-  namespace avx2 {                                            \
-  void kernel(const Args&, int64_t begin, int64_t end);       \
-  }                                                           \
-  namespace avx512 {                                          \
-  void kernel(const Args&, int64_t begin, int64_t end);       \
-  }                                                           \
-  namespace avx512vnni {                                      \
-  void kernel(const Args&, int64_t begin, int64_t end);       \
-  }                                                           \
-  template <>                                                 \
-  struct KernelTable<Args> {                                  \
-    static Kernel<Args> get(Isa isa) {                        \
-      switch (isa) {                                          \
-        case Isa::avx512vnni: return &avx512vnni_isa::kernel; \
-        case Isa::avx512: return &avx512::kernel;             \
-        case Isa::avx2: return &avx2::kernel;                 \
-        default: return &scalar::kernel;                      \
-      }                                                       \
-    }                                                         \
-  };                                                          \
+#define FEWBIT_KERNEL_FOR(Args, vnni_isa, amx_isa)      \
+  namespace cpu {                                       \
+  namespace scalar {                                    \
+  void kernel(const Args&, int64_t begin, int64_t end); \
+  }                                                     \
+  namespace avx2 {                                      \
+  void kernel(const Args&, int64_t begin, int64_t end); \
+  }                                                     \
+  namespace avx512 {                                    \
+  void kernel(const Args&, int64_t begin, int64_t end); \
+  }                                                     \
+  namespace vnni_isa {                                  \
+  void kernel(const Args&, int64_t begin, int64_t end); \
+  }                                                     \
+  namespace amx_isa {                                   \
+  void kernel(const Args&, int64_t begin, int64_t end); \
+  }                                                     \
+  template <>                                           \
+  struct KernelTable<Args> {                            \
+    static Kernel<Args> get(Isa isa) {                  \
+      switch (isa) {                                    \
+        case Isa::avx512amx: return &amx_isa::kernel;   \
+        case Isa::avx512vnni: return &vnni_isa::kernel; \
+        case Isa::avx512: return &avx512::kernel;       \
+        case Isa::avx2: return &avx2::kernel;           \
+        default: return &scalar::kernel;                \
+      }                                                 \
+    }                                                   \
+  };                                                    \
   }
 #else
-#define FEWBIT_KERNEL_FOR(Args, avx512vnni_isa)              \
+#define FEWBIT_KERNEL_FOR(Args, vnni_isa, amx_isa)           \
   namespace cpu {                                            \
   namespace scalar {                                         \
   void kernel(const Args&, int64_t begin, int64_t end);      \
@@ -73,7 +77,7 @@ Kernel<Args> kernel_for() {
   }
 #endif
 
-// Kernels without byte products are the same with VNNI as without; those with are compiled for it
-// too (the list of their files is in cpp/CMakeLists.txt).
-#define FEWBIT_KERNEL(Args) FEWBIT_KERNEL_FOR(Args, avx512)
-#define FEWBIT_DOT_KERNEL(Args) FEWBIT_KERNEL_FOR(Args, avx512vnni)
+// Kernels without byte products are the same with VNNI and AMX as without; those with are compiled
+// for them too (the list of their files is in cpp/CMakeLists.txt).
+#define FEWBIT_KERNEL(Args) FEWBIT_KERNEL_FOR(Args, avx512, avx512)
+#define FEWBIT_DOT_KERNEL(Args) FEWBIT_KERNEL_FOR(Args, avx512vnni, avx512amx)

@@ -30,6 +30,11 @@ namespace fewbit {
 
 constexpr int64_t panel_rows = 16;
 
+// What matrix units multiply: 16 rows of 64 bytes.
+constexpr int64_t tile_rows = 16;
+constexpr int64_t tile_columns = 64;
+constexpr int64_t tile_bytes = tile_rows * tile_columns;
+
 FEWBIT_ALWAYS_INLINE int64_t unit_columns(int bits) { return bits == 3 ? 32 : 32 / bits; }
 FEWBIT_ALWAYS_INLINE int64_t unit_words(int bits) { return bits == 3 ? 3 : 1; }
 FEWBIT_ALWAYS_INLINE bool packable(int64_t bits) {
@@ -61,6 +66,15 @@ struct PackedLayout {
     return units() * unit_words(bits) * panel_rows;
   }
   FEWBIT_ALWAYS_INLINE int64_t words() const { return panels() * panel_words(); }
+  // Tiles along K where every group starts on one (cpp/cpu/tiles.h).
+  FEWBIT_ALWAYS_INLINE int64_t group_tiles() const {
+    return ceil_div(group_units() * unit_columns(bits), tile_columns);
+  }
+  FEWBIT_ALWAYS_INLINE int64_t tiles() const {
+    return groups() == 0 ? 0
+                         : (groups() - 1) * group_tiles() +
+                               ceil_div(last_units() * unit_columns(bits), tile_columns);
+  }
 };
 
 }  // namespace fewbit

@@ -2,7 +2,8 @@
 //
 // Packed weights of 2, 3, 4 or 8 bits (layout.h) times float activations, float32 accumulation.
 // Three regimes:
-//   m <= fixed_rows   x in 24-bit fixed point per group, byte products (w8a8_linear.h)
+//   m <= fixed_rows   x in 24-bit fixed point per group, byte products (w8a8_linear.h); any m where
+//                     the CPU multiplies tiles of bytes
 //   m <= direct_rows  codes decoded to float in registers; scale and zero point are applied once
 //                     per group: s (sum q x - z sum x)
 //   more rows         a tile of weights is decoded once to (q - z) s in cache-resident scratch and

@@ -13,6 +13,9 @@
 //
 // Digits: v = sum_d base^d digit_d. Where byte products are summed in 16 bits, codes of 8 bits
 // need |digit| <= 8 (base 16); everything else uses base 256, -128 <= digit <= 127.
+//
+// Where the CPU multiplies tiles (AMX; cpp/cpu/tiles.h) more rows than a few go that way: 16 rows
+// of 64 columns a tile, digits in tiles side by side, [steps, tiles, digits or 16 rows, 16, 64].
 #pragma once
 #include "fewbit/dtype.h"
 #include "fewbit/int8_mixed_linear.h"
@@ -21,19 +24,22 @@
 
 namespace fewbit {
 
-constexpr int64_t fixed_rows = 2;  // most rows that w4a16_linear runs on digits
+constexpr int64_t fixed_rows = 2;  // most rows that w4a16_linear runs on digits without tiles
 constexpr int64_t max_digits = 6;
 constexpr int64_t integer_block_rows = 8;  // most rows of one step
 constexpr int64_t max_columns = 1 << 16;   // 255 * 128 * 2^16 < 2^31
 
-// Rows of one step: 1, 2, 4 or 8.
-FEWBIT_ALWAYS_INLINE int64_t integer_rows(int64_t m) {
-  return m <= 2 ? m : m <= 4 ? 4 : integer_block_rows;
+// Rows of one step: 1, 2, 4 or 8; with tiles 16, and for codes up to three times as many.
+FEWBIT_ALWAYS_INLINE int64_t integer_rows(int64_t m, bool tiles, bool codes) {
+  if (!tiles) return m <= 2 ? m : m <= 4 ? 4 : integer_block_rows;
+  const int64_t all = ceil_div(m, tile_rows);
+  return codes ? tile_rows * ceil_div(all, ceil_div(all, 3)) : tile_rows;
 }
+FEWBIT_ALWAYS_INLINE bool in_tiles(int64_t block_rows) { return block_rows >= tile_rows; }
 
 struct Digits {
   const void* x;  // [m, columns]: float of dtype, or int8 codes
-  uint32_t* out;  // [blocks, padded_columns / 4, block_rows, digits], 4 columns each; pad 0
+  uint32_t* out;  // [blocks, padded_columns / 4, block_rows, digits], 4 columns each; or in tiles
   float* scale;   // [m, groups], written for float x; unused for codes
   void* sum;      // [m, groups]: sum of v over the group, float for float x, int32 for codes
   bool codes;
@@ -58,6 +64,8 @@ struct W8A8Linear {
   const void* scale;          // [panels, groups, 16] of scale_dtype
   const uint8_t* zero_point;  // [panels, groups, 16]
   const float* bias;          // [rows]; or null
+  uint8_t* decoded;           // [tasks, 2, tiles, tile_bytes] scratch; null without tiles, and
+                              // where 8-bit codes of whole tiles are read as they lie
   // The float part of LLM.int8(), added to the product; or null. Run by the first tile of a panel
   // and a chunk of rows, which has just read the panel's codes: the outlier columns are far apart,
   // and each would be a miss.
