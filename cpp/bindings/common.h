@@ -82,12 +82,15 @@ inline void check_dtype(const Tensor& t, ScalarType type, const char* name) {
         torch::headeronly::toString(t.scalar_type()));
 }
 
-inline std::string shape_of(const Tensor& t) {
-  std::ostringstream text;
+// Written as text only by a check that fails: every call of an operator passes several.
+struct ShapeOf {
+  const Tensor& t;
+};
+inline ShapeOf shape_of(const Tensor& t) { return {t}; }
+inline std::ostream& operator<<(std::ostream& text, ShapeOf shape) {
   text << "[";
-  for (int64_t i = 0; i < t.dim(); ++i) text << (i ? ", " : "") << t.size(i);
-  text << "]";
-  return text.str();
+  for (int64_t i = 0; i < shape.t.dim(); ++i) text << (i ? ", " : "") << shape.t.size(i);
+  return text << "]";
 }
 
 inline void check_shape(const Tensor& t, std::initializer_list<int64_t> shape, const char* name) {
@@ -144,16 +147,11 @@ template <class... T>
 class Scratch {
  public:
   template <class... N>
-  explicit Scratch(N... counts) {
+  explicit Scratch(N... counts)
+      : at_{0, ((int64_t(counts) * int64_t(sizeof(T)) + 63) / 64 * 64)...},
+        memory_(empty({end_of_all()}, ScalarType::Byte)),
+        base_(static_cast<char*>(memory_.mutable_data_ptr())) {
     static_assert(sizeof...(N) == sizeof...(T), "one count per array");
-    const int64_t bytes[] = {((int64_t(counts) * int64_t(sizeof(T)) + 63) / 64 * 64)...};
-    int64_t all = 0;
-    for (size_t i = 0; i < sizeof...(T); ++i) {
-      at_[i] = all;
-      all += bytes[i];
-    }
-    memory_ = empty({all}, ScalarType::Byte);
-    base_ = static_cast<char*>(memory_.mutable_data_ptr());
   }
   template <size_t i>
   auto* get() const {
@@ -162,9 +160,14 @@ class Scratch {
   }
 
  private:
+  int64_t end_of_all() {
+    for (size_t i = 1; i <= sizeof...(T); ++i) at_[i] += at_[i - 1];
+    return at_[sizeof...(T)];
+  }
+
+  int64_t at_[sizeof...(T) + 1];
   Tensor memory_;
   char* base_;
-  int64_t at_[sizeof...(T)];
 };
 
 // Row-major, copied only if it is not.
