@@ -211,17 +211,36 @@ def _channel_maxima(layer: nn.Module, family: Family) -> Iterator[dict[str, Tens
 
 @contextmanager
 def _shaken(modules: list[nn.Module]) -> Iterator[None]:
-    """Every float parameter times (1 + eps) or (1 - eps), inside the block."""
+    """Every float parameter times (1 + eps) or (1 - eps) inside the block, each while the module
+    that holds it runs: a layer is the largest thing in memory, and a second one need not be."""
     generator = torch.Generator().manual_seed(0)
-    parameters = {id(p): p for m in modules for p in m.parameters() if p.is_floating_point()}
-    kept = [(p, p.data) for p in parameters.values()]
-    try:
-        for p, value in kept:
+    kept: dict[nn.Module, list[tuple[nn.Parameter, Tensor]]] = {}
+
+    def shake(module: nn.Module, args: tuple) -> None:
+        kept[module] = [
+            (p, p.data) for p in module.parameters(recurse=False) if p.is_floating_point()
+        ]
+        for p, value in kept[module]:
             moved = torch.empty(value.shape).bernoulli_(0.5, generator=generator).to(value)
             # In place: this may be the largest tensor of the model.
             moved.mul_(2).sub_(1).mul_(value).mul_(torch.finfo(value.dtype).eps)
             p.data = moved.add_(value)
+
+    def restore(module: nn.Module, *_) -> None:
+        for p, value in kept.pop(module, ()):
+            p.data = value
+
+    handles = [
+        handle
+        for module in {m for top in modules for m in top.modules()}
+        for handle in (
+            module.register_forward_pre_hook(shake), module.register_forward_hook(restore)
+        )
+    ]
+    try:
         yield
     finally:
-        for p, value in kept:
-            p.data = value
+        for handle in handles:
+            handle.remove()
+        for module in list(kept):  # an error came before its end
+            restore(module)

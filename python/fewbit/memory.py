@@ -6,9 +6,13 @@ process that started this one until its program was loaded.
 
 from __future__ import annotations
 
+import ctypes
 import sys
 from contextlib import suppress
 from pathlib import Path
+
+LARGE = 4 << 20
+_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 
 
 def resident() -> int:
@@ -26,6 +30,22 @@ def reset_peak() -> int:
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
     return peak()
+
+
+def trim() -> None:
+    """Hand freed memory back to the system: the C library keeps what came in small pieces."""
+    with suppress(OSError, AttributeError, TypeError):  # only glibc has it
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def keep_apart() -> None:
+    """From now on every large tensor has pages of its own, which go back when it is freed.
+
+    The C library puts what is smaller than the largest piece freed so far (up to 32 MiB) into one
+    heap, where a few small pieces between the activations of a layer hold hundreds of megabytes.
+    """
+    with suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, LARGE)
 
 
 def _status(field: str) -> int:

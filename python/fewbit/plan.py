@@ -23,7 +23,7 @@ from .durable import storing
 from .errors import AlreadyQuantizedError, OutputError, UsageError
 from .families import decoder_layers
 from .linearise import linearise
-from .memory import resident
+from .memory import resident, trim
 from .recipes import Recipe
 from .shards import Shards
 from .source import Directory, Source
@@ -244,6 +244,7 @@ def estimate(
     rates = measure(recipe, shards, Path(tempfile.gettempdir()), device)
     free = 0 if device == CPU else torch.cuda.mem_get_info(device)[0]
     dtype = dtype or stored_dtype(shards)
+    trim()  # a tokenizer leaves hundreds of bytes for each token of the text
     base = resident() + LIBRARIES
     layers = decoder_layers(model, family)
     inside = f"{family.layers}."
@@ -281,7 +282,7 @@ def estimate(
         outside = max(FLOAT * outer + stored * table, FLOAT * outer + shaken, wide,
                       (FLOAT + dtype.itemsize) * outer)
     # One layer. It is read; a run of windows is summed up beside the sums so far; transforms
-    # search, and the probe shakes a copy; then float weights still to be solved, packed ones, and
+    # search, and the probe shakes it; then float weights still to be solved, packed ones, and
     # the linear in hand.
     sums = passing = 0
     if data is not None:
@@ -304,7 +305,7 @@ def estimate(
         largest = max(sum(n * k for n, k in group) for group in groups)
         layer = max(
             layer,
-            FLOAT * 2 * (weights + biggest) + searched * sums,
+            FLOAT * (weights + 2 * biggest) + searched * sums,
             FLOAT * (weights + 3 * largest) + sums if searched else 0,
         )
     if rotated:

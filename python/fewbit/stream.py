@@ -41,6 +41,7 @@ from .formats import Format
 from .formats.bitsandbytes import LlmInt8
 from .journal import Journal, check_output, folder_of
 from .linearise import linearise
+from .memory import keep_apart
 from .pipeline import Sink, check, chosen, environment, quantize_, run
 from .plan import Plan, estimate, stored_dtype
 from .progress import Progress
@@ -98,6 +99,7 @@ def quantize_directory(
     recipe, writer_format = build(method, scheme, **options), formats.get(format)
     if isinstance(writer_format, LlmInt8):
         writer_format = LlmInt8(getattr(recipe.solver, "threshold", 0.0))
+    keep_apart()
     with _out_of_memory(), job(device) as ranks:
         if ranks.writes and restart:
             shutil.rmtree(folder_of(output), ignore_errors=True)
