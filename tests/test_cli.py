@@ -73,7 +73,7 @@ def test_a_run_is_repeated_from_its_recipe(shared, tmp_path, run):
         (["--scheme", "four"], 2, "scheme 'four' is not of the form"),
         (["--method", "quarot", "--scheme", "w4a4"], 4, "computes more at run time"),
         (["--format", "zip"], 4, "format 'zip' is not known"),
-        (["--threads", "0"], 2, "--threads must be at least 1, got 0"),
+        (["--threads", "0"], 2, "--threads must be in 1..1000, got 0"),
     ],
 )
 def test_wrong_use(shared, tmp_path, run, change, code, message):

@@ -70,7 +70,8 @@ def test_says_what_is_wrong():
     w, h, *codes = problem(2, 8, 4)
     with pytest.raises(ValueError, match=r"h must have shape \[8, 8\], got \[7, 7\]"):
         ops.coordinate_descent(w, h[:7, :7], *codes, 3, 4)
-    with pytest.raises(ValueError, match="sweeps must be at least 0, got -1"):
-        ops.coordinate_descent(w, h, *codes, 3, 4, -1)
+    for sweeps in (-1, 1001, 2**63 - 1):
+        with pytest.raises(ValueError, match=rf"sweeps must be in 0\.\.1000, got {sweeps}"):
+            ops.coordinate_descent(w, h, *codes, 3, 4, sweeps)
     with pytest.raises(ValueError, match="bits must be in 2..8, got 1"):
         ops.coordinate_descent(w, h, *codes, 1, 4)

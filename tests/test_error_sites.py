@@ -72,7 +72,7 @@ def hide(*packages):
 PACK = compressed_tensors.PackQuantized()
 CASES = {
     # arguments
-    "Hadamard matrix needs an order of at least 1": lambda d: hadamard.hadamard_matrix(0),
+    "order of a Hadamard matrix must be in 1..65536": lambda d: hadamard.hadamard_matrix(0),
     "slot must be one of": lambda d: online.attach(torch.nn.Linear(2, 2), "nowhere", None),
     'per must be "token" or "tensor"': lambda d: online.ActivationQuant(8, per="row"),
     "kv bits must be 16 (float)": lambda d: kv.OnlineKV(8, bits=1),

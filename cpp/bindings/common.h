@@ -104,6 +104,12 @@ inline void check_shape(const Tensor& t, std::initializer_list<int64_t> shape, c
   check(false, name, " must have shape [", want.str(), "], got ", shape_of(t));
 }
 
+// Numbers that only say how long a call takes: more of them change nothing, and 2^63 never end.
+inline void check_repeats(int64_t n, const char* name) {
+  constexpr int64_t most = 1000;
+  check(n >= 0 && n <= most, name, " must be in 0..", most, ", got ", n);
+}
+
 inline void check_matrix(const Tensor& t, const char* name, const char* dims) {
   check(t.dim() == 2, name, " must be ", dims, ", got shape ", shape_of(t));
 }

@@ -39,7 +39,7 @@ Tensor coordinate_descent(const Tensor& w, const Tensor& h, const Tensor& q, con
   const int64_t groups = count_groups(columns, group);
   dtype_of(w, "w");
   check(bits >= 2 && bits <= 8, "bits must be in 2..8, got ", bits);
-  check(sweeps >= 0, "sweeps must be at least 0, got ", sweeps);
+  check_repeats(sweeps, "sweeps");
   const bool wide = is_double(h, "h");
   check_shape(h, {columns, columns}, "h");
   check_dtype(q, ScalarType::Byte, "q");

@@ -74,7 +74,7 @@ std::tuple<Tensor, Tensor, Tensor> gptq(const Tensor& w, const Tensor& c, int64_
   dtype_of(w, "w");
   const bool wide = is_double(c, "c");
   check_shape(c, {columns, columns}, "c");
-  check(points >= 0, "points must be at least 0, got ", points);
+  check_repeats(points, "points");
   check(block >= 1 && block <= Gptq<float>::max_block, "block must be in 1..",
         Gptq<float>::max_block, ", got ", block);
   check(scale.has_value() == zero_point.has_value(),

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .calibrate import Windows
+from .calibrate import LARGEST, Windows
 from .errors import MissingExtraError, ShortTextError, UsageError
 from .memory import peak
+from .scheme import MANY, check_int
 
 
 @dataclass(frozen=True)
@@ -197,6 +198,8 @@ class Speed:
 @torch.no_grad()
 def speed(model: nn.Module, tokens: Tensor, prompt: int = 128, new: int = 32) -> Speed:
     """Throughput and memory of a transformers model with a cache, batch 1."""
+    check_int("prompt", prompt, 1, LARGEST)
+    check_int("new", new, 1, 100 * MANY)
     ids = tokens.reshape(1, -1)[:, :prompt]
     if ids.shape[1] < 1:
         raise ShortTextError("the text is empty: measuring speed needs at least one token")

@@ -21,6 +21,10 @@ from torch import Tensor
 
 from .errors import UnsupportedError, UsageError
 from .hadamard_rows import ROWS
+from .scheme import check_int
+
+WIDEST = 1 << 20  # of a transform; a matrix of an order above LARGEST fills no machine's memory
+LARGEST = 1 << 16
 
 
 def _prime_power(q: int) -> tuple[int, int] | None:
@@ -101,7 +105,7 @@ def _goethals_seidel(n: int) -> Tensor | None:
 @cache
 def _single(n: int) -> Tensor | None:
     if n & (n - 1) == 0:
-        h = torch.ones(1, 1, dtype=torch.int64)
+        h = torch.ones(1, 1, dtype=torch.int8)
         for _ in range(n.bit_length() - 1):
             h = torch.cat([torch.cat([h, h], dim=1), torch.cat([h, -h], dim=1)])
         return h
@@ -138,7 +142,7 @@ def _factorings(odd: int, twos: int, most: int) -> Iterator[tuple[int, ...]]:
 
 def is_constructible(n: int) -> bool:
     """Whether ``hadamard_matrix(n)`` exists here."""
-    return n >= 1 and plan(n).exact
+    return 1 <= n <= WIDEST and plan(n).exact
 
 
 def hadamard_matrix(n: int) -> Tensor:
@@ -147,8 +151,7 @@ def hadamard_matrix(n: int) -> Tensor:
     Raises UnsupportedError where n > 2 is no multiple of 4 (none exists) or no construction
     reaches it; ``plan`` covers those widths with another orthogonal factor.
     """
-    if n < 1:
-        raise UsageError(f"a Hadamard matrix needs an order of at least 1, got {n}")
+    check_int("the order of a Hadamard matrix", n, 1, LARGEST)
     if not is_constructible(n):
         why = "no construction here reaches it" if n % 4 == 0 else "it is not a multiple of 4"
         raise UnsupportedError(f"there is no Hadamard matrix of order {n}: {why}")
@@ -163,6 +166,7 @@ def hartley_matrix(m: int) -> Tensor:
 
     No entry exceeds sqrt(2 / m), so it spreads an outlier nearly as well as a Hadamard matrix.
     """
+    check_int("the order of a Hartley matrix", m, 1, LARGEST)
     index = torch.arange(m)
     phase = (index[:, None] * index[None, :] % m).to(torch.float64) * (2 * math.pi / m)
     return (phase.cos() + phase.sin()) / math.sqrt(m)
@@ -236,8 +240,7 @@ def plan(n: int) -> Plan:
 
     The Hartley factor is the odd part of n: it never costs more than a Hadamard base would.
     """
-    if n < 1:
-        raise UsageError(f"a Hadamard transform needs a width of at least 1, got {n}")
+    check_int("the width of a Hadamard transform", n, 1, WIDEST)
     twos = (n & -n).bit_length() - 1
     odd = n >> twos
     found = []

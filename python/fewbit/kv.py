@@ -18,6 +18,7 @@ from .errors import MissingExtraError, RotationLimitError, UnsupportedError, Usa
 from .online import KV_SLOT as SLOT
 from .online import OnlineHadamard, straight_through
 from .orthogonal import rotation
+from .scheme import check_int
 
 PREFIX = "fewbit_"
 
@@ -41,6 +42,7 @@ def kv_codes(x: Tensor, bits: int, symmetric: bool = False, clip: float = 1.0) -
 
     The range holds 0 and is shrunk by ``clip``; an all-zero row has scale 1.
     """
+    check_int("bits", bits, 2, 8)
     top = 2**bits - 1
     h = x.to(torch.promote_types(x.dtype, torch.float32))
     if symmetric:

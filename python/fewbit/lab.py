@@ -26,6 +26,7 @@ from .errors import (
 )
 from .families import Family, decoder_layers, describe
 from .lab_rotate import *  # noqa: F403
+from .scheme import check_int
 from .transforms.edges import Edge, apply_scale, edges
 from .transforms.scale import awq_scale
 from .transforms.smooth import smooth_scale
@@ -198,6 +199,7 @@ def pseudo_quantize_tensor(
     """
     if not parity:
         return ops.pseudo_quantize(w, n_bit, q_group_size)
+    check_int("n_bit", n_bit, 1, 16)
     shape = w.shape
     if q_group_size > 0:
         if shape[-1] % q_group_size:
@@ -380,6 +382,7 @@ def pseudo_quantize_model_weight_auto_scale(
 
 
 def _absmax(t: Tensor, n_bits: int, level: Tensor) -> Tensor:
+    check_int("n_bits", n_bits, 2, 16)
     s = level.clamp(min=1e-5) / (2 ** (n_bits - 1) - 1)
     return (t / s).round() * s
 

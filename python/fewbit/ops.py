@@ -254,8 +254,8 @@ def coordinate_descent(
     Starts from ``q``, ``scale`` and ``zero_point`` as ``quantize`` or ``gptq`` return them; ``w``
     [out_features, in_features] float32, float16 or bfloat16; ``h`` [in_features, in_features],
     symmetric with a positive diagonal, float32 or float64: the type of all sums. Each of ``sweeps``
-    visits every column in order and puts it on the point of its grid that is best given all others.
-    Equations: cpp/include/fewbit/coordinate_descent.h.
+    (0..1000) visits every column in order and puts it on the point of its grid that is best given
+    all others. Equations: cpp/include/fewbit/coordinate_descent.h.
     """
     return torch.ops.fewbit.coordinate_descent.default(
         w, h, q, scale, zero_point, bits, group_size, sweeps
@@ -289,8 +289,8 @@ def gptq(
     int64 [in_features]: the column solved k-th (None: left to right). ``fit``: "in_order" fits a
     group to the updated weights when it is reached (``order`` must keep its columns side by side),
     "before" to the weights as they come; or ``scale`` and ``zero_point`` are given. ``points``
-    ranges per group are tried, least sum of ``importance`` [in_features], of c's type, times
-    squared error wins; 0: the range of the group. Returns as ``quantize``; equations:
+    (0..1000) ranges per group are tried, least sum of ``importance`` [in_features], of c's type,
+    times squared error wins; 0: the range of the group. Returns as ``quantize``; equations:
     cpp/include/fewbit/gptq.h. ``block`` (1..256) changes the speed, never a bit.
     """
     return torch.ops.fewbit.gptq.default(

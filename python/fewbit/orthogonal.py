@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from .errors import UsageError
-from .hadamard import Plan, plan, transform
+from .hadamard import LARGEST, WIDEST, Plan, plan, transform
 from .reproducible import one_thread
+from .scheme import check_int
 
 KINDS = ("hadamard", "random-hadamard", "random")
 
@@ -48,6 +49,7 @@ class Rotation:
 
     def matrix(self) -> Tensor:
         """R, float64 [n, n]."""
+        check_int("the order of a matrix", self.n, 1, LARGEST)
         return self.right(torch.eye(self.n, dtype=torch.float64))
 
     def keeps_mean(self) -> bool:
@@ -94,6 +96,8 @@ def rotation(
         return given_rotation(kind, n)
     if kind not in KINDS:
         raise UsageError(f"a rotation must be one of {KINDS} or a matrix, got {kind!r}")
+    dense = keeps_mean or kind == "random"
+    check_int("the width of a rotation", n, 1, LARGEST if dense else WIDEST)
     generator = torch.Generator().manual_seed(seed)
     if keeps_mean:
         return Rotation(n, dense=_mean_keeping(n, kind, generator))

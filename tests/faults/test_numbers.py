@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from sweep import METHODS, digest, quantize
 
 import fewbit
-from fewbit import calibrate, ops, recipes
+from fewbit import calibrate, evaluate, hadamard, lab, ops, orthogonal, recipes
 from fewbit.calibrate import Windows
 from fewbit.errors import CalibrationError, UsageError
+from fewbit.kv import kv_codes
 from fewbit.report import REPORT
 from fewbit.reproducible import total
 from fewbit.scheme import Scheme
@@ -338,7 +339,8 @@ def test_f18_sums_are_the_same_bits_on_any_number_of_threads(count, seed):
 
 ABSURD = {
     "gptq": ("points", "sweeps", "block"), "awq": ("points",), "quarot": ("seed",),
-    "spinquant": ("steps", "range_steps"), "gptq+tune": ("epochs", "batch", "solved"),
+    "mixed": ("seed",), "spinquant": ("steps", "range_steps"),
+    "gptq+tune": ("epochs", "batch", "solved"),
 }  # fmt: skip
 
 
@@ -349,6 +351,27 @@ ABSURD = {
 def test_f07_an_option_of_absurd_size_is_one_sentence(method, option, value):
     with pytest.raises(UsageError, match=rf"{option} must be in \d+\.\.\d+, got {value}"):
         recipes.build(method, "w4a16g8", **{option: value})
+
+
+SIZES = {  # would take hours, or all memory, before they fail
+    "order of a Hadamard matrix": hadamard.hadamard_matrix,
+    "order of a Hartley matrix": hadamard.hartley_matrix,
+    "width of a Hadamard transform": hadamard.plan,
+    "width of a rotation": lambda n: orthogonal.rotation(n, "random"),
+    "order of a matrix": lambda n: orthogonal.rotation(min(n, 2**20)).matrix(),
+    "bits": lambda n: kv_codes(torch.ones(1, 8), n),
+    "n_bit": lambda n: lab.pseudo_quantize_tensor(torch.ones(1, 8), n, parity=True),
+    "n_bits": lambda n: lab.quantize_weight_per_tensor_absmax(torch.ones(1, 8), n),
+    "new": lambda n: evaluate.speed(None, torch.ones(8), new=n),
+    "prompt": lambda n: evaluate.speed(None, torch.ones(8), prompt=n),
+}
+
+
+@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize("value", [2**31, 2**63 - 1, 2**80])
+def test_f07_a_number_of_absurd_size_is_one_sentence(name, value):
+    with pytest.raises(UsageError, match=rf"{name} must be in \d+\.\.\d+, got \d+"):
+        SIZES[name](value)
 
 
 @pytest.mark.parametrize("name", ["window", "samples"])

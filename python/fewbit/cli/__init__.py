@@ -19,7 +19,8 @@ from typing import NamedTuple
 import torch
 
 from .. import __version__, interrupt
-from ..errors import FewbitError, ResumableStop, UsageError
+from ..errors import FewbitError, ResumableStop
+from ..scheme import MANY, check_int
 
 COMMANDS = (
     "quantize", "estimate", "eval", "inspect", "convert", "report", "doctor", "explain", "demo",
@@ -44,8 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     try:
         if options.threads is not None:
-            if options.threads < 1:
-                raise UsageError(f"--threads must be at least 1, got {options.threads}")
+            check_int("--threads", options.threads, 1, MANY)
             torch.set_num_threads(options.threads)
         with interrupt.prompt(lambda: _stopped(options), ResumableStop.exit_code):
             result = options.run(options)

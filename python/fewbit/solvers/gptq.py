@@ -71,7 +71,7 @@ class GPTQ(Solver):
                 raise UsageError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
         check_int("points", points, 1, MANY)
         check_int("sweeps", sweeps, 0, MANY)
-        check_int("block", block, 1, 1 << 20)
+        check_int("block", block, 1, 256)
         for name, value in (("damp", damp), ("strength", strength)):
             if not 0.0 <= value <= 1.0:
                 raise UsageError(f"{name} must be in 0..1, got {value!r}")

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..errors import UnsupportedError, UsageError
 from ..linear import PackedLinear
-from ..scheme import Codes, Scheme
+from ..scheme import Codes, Scheme, check_int
 from ..stats import Stats
 from . import Solver
 from .rtn import RTN
@@ -73,6 +73,7 @@ class Mixed(Solver):
             raise UsageError(f"by must be one of {', '.join(CHOICES)}, got {by!r}")
         if not 0 < fraction <= 1:
             raise UsageError(f"fraction must be above 0 and at most 1, got {fraction}")
+        check_int("seed", seed, 0, 2**32 - 1)
         self.fraction, self.by, self.seed = fraction, by, seed
         self.base = RTN() if base is None else base
         self._last: tuple[Stats, Tensor, Stats] | None = None  # linears that read one input share
