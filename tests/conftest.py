@@ -7,6 +7,9 @@ import pytest
 import torch
 
 from fewbit import _C
+from fewbit.reproducible import strict
+
+strict()  # before the first product of any test
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = Path(os.environ.get("FEWBIT_SHARED", ROOT.parent / "shared"))

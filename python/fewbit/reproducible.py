@@ -1,11 +1,12 @@
 """Sums over whole tensors, and linear algebra, with the same bits on any number of threads.
 
-Torch's own matrix products have them, and so have sums over the last dimension of a matrix; sums
-over all elements have not, nor has what LAPACK does (factors, eigenvalues, solves).
+Sums over the last dimension of a matrix have them; sums over all elements have not, nor has what
+LAPACK does (factors, eigenvalues, solves), nor, on some processors, a matrix product (``strict``).
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -14,6 +15,17 @@ from torch import Tensor
 
 BLOCK = 4096  # a sum of fewer than 32768 elements is never shared between threads
 PIECE = BLOCK << 8  # elements widened at once
+
+
+def strict() -> None:
+    """Matrix products with the same bits on any number of threads, from MKL's own mode for it.
+
+    Newer MKL cuts the sums of some shapes by the number of threads (seen on processors with AMX).
+    It reads the mode at its first product in a process and keeps it, and products with one row
+    take twice as long in it: the command line asks for it where weights are quantised, and a
+    program of its own may do so by MKL_CBWR=AUTO,STRICT in the environment.
+    """
+    os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 
 
 def total(x: Tensor) -> float:

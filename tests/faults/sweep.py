@@ -38,8 +38,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from fewbit import durable, interrupt, stream  # noqa: E402
 from fewbit.errors import FewbitError, ResumableStop  # noqa: E402
 from fewbit.journal import folder_of  # noqa: E402
+from fewbit.reproducible import strict  # noqa: E402
 from tiny import probe, tiny  # noqa: E402
 
+strict()  # before the first product
 METHODS = {
     "rtn": "w4a16g8", "awq": "w4a16g8", "gptq": "w4a16g8", "quarot+gptq": "w4a16g8",
     "smoothquant": "w8a8",

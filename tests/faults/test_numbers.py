@@ -3,6 +3,7 @@
 import json
 import math
 import mmap
+import subprocess
 import sys
 
 import pytest
@@ -327,6 +328,23 @@ def test_f18_layers_of_2048_columns_give_the_same_output_on_two_threads(tmp_path
     same_output(wide(tmp_path / "model", 2048, 5632), tmp_path, method, 128)
 
 
+PRODUCTS = """
+import torch
+from fewbit.reproducible import strict
+strict()
+for m, k, n in (64, 1408, 1408), (64, 2048, 2048), (512, 4096, 1024), (48, 1408, 512):
+    a, b, found = torch.randn(m, k), torch.randn(k, n), []
+    for threads in 1, 2, 3, 4:
+        torch.set_num_threads(threads)
+        found.append(a @ b)
+    assert all(torch.equal(found[0], other) for other in found), (m, k, n)
+"""
+
+
+def test_products_are_the_same_bits_on_any_number_of_threads():
+    subprocess.run([sys.executable, "-c", PRODUCTS], check=True)
+
+
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 300_000), st.integers(0, 2**31))
 def test_f18_sums_are_the_same_bits_on_any_number_of_threads(count, seed):
@@ -369,7 +387,7 @@ SIZES = {  # would take hours, or all memory, before they fail
 
 @pytest.mark.parametrize("name", SIZES)
 @pytest.mark.parametrize("value", [2**31, 2**63 - 1, 2**80])
-def test_f07_a_number_of_absurd_size_is_one_sentence(name, value):
+def test_a_number_of_absurd_size_is_one_sentence(name, value):
     with pytest.raises(UsageError, match=rf"{name} must be in \d+\.\.\d+, got \d+"):
         SIZES[name](value)
 

@@ -87,8 +87,10 @@ def byte_count(text: str) -> int:
 
 def run(options) -> Result:
     from ..conversion import verdicts
+    from ..reproducible import strict
     from ..stream import quantize_directory
 
+    strict()
     given, named = settings(options)
     out = Path(options.output)
     repeat = recipe_file.text(out / RECIPE, given, named["method"].scheme)
