@@ -330,6 +330,8 @@ void products() {
                                  w.zero_point.data(),
                                  part.data(),
                                  DType::f32,
+                                 0,
+                                 0,
                                  M,
                                  0,
                                  M,

@@ -152,7 +152,9 @@ Tensor int8_mixed_linear(const Tensor& x, const Tensor& packed, const Tensor& sc
   Tensor out = empty({m, l.rows}, x.scalar_type());
   if (m == 0 || l.rows == 0) return out;
   std::optional<Scratch<float, float>> floats;
-  if (count > 0) floats.emplace(m * count, m * l.panels() * panel_rows);
+  // Tiles are finished with their outliers at hand: those of a few rows and panels at a time.
+  const int64_t window = multiplies_tiles(l, m, true) ? 0 : m;
+  if (count > 0) floats.emplace(m * count, window * l.panels() * panel_rows);
   const OutlierProduct product{floats ? floats->get<0>() : nullptr,
                                outlier,
                                data<uint32_t>(w.words),
@@ -160,7 +162,9 @@ Tensor int8_mixed_linear(const Tensor& x, const Tensor& packed, const Tensor& sc
                                data<uint8_t>(w.zero_point),
                                floats ? floats->get<1>() : nullptr,
                                w.scale_dtype,
-                               m,
+                               0,
+                               0,
+                               window,
                                0,
                                m,
                                count,

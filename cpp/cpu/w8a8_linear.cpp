@@ -499,10 +499,16 @@ static void tile_steps(const W8A8Linear& a, int64_t task, int64_t first, int64_t
         Step step(a, m, p, last);
         step.run(t, x + s * step_bytes, right);
         const int64_t end = m + Step::rows < a.m ? m + Step::rows : a.m;
-        if (a.outliers && s == s0) {
-          OutlierProduct o = *a.outliers;
-          o.begin = m;
-          o.end = m + fit * Step::rows < a.m ? m + fit * Step::rows : a.m;
+        OutlierProduct o{};
+        alignas(line) float outlier_sums[2 * Step::rows * panel_rows];
+        if (a.outliers) {  // of this step alone: to memory and back would cost more than the
+                           // product
+          o = *a.outliers;
+          o.out = outlier_sums;
+          o.first_row = o.begin = m;
+          o.first_panel = p;
+          o.rows = Step::rows;
+          o.end = end;
           a.outlier_product(o, p, p + 2 < last ? p + 2 : last);
         }
         for (int64_t r = m; r < end; ++r)
@@ -511,8 +517,7 @@ static void tile_steps(const W8A8Linear& a, int64_t task, int64_t first, int64_t
               F32 total = step.total(i, r - m, v);
               if constexpr (codes) total = total * F32::set(a.x_scale[r]);
               if (a.outliers)
-                total =
-                    total + F32::load(a.outliers->out + a.outliers->at(r, p + i) + v * F32::width);
+                total = total + F32::load(outlier_sums + o.at(r, p + i) + v * F32::width);
               write(a, r, (p + i) * panel_rows + v * F32::width, total);
             }
       }

@@ -56,16 +56,16 @@ struct OutlierProduct {
   const uint32_t* packed;     // 8-bit codes, [panels, units, 16]
   const void* scale;          // [panels, groups, 16] of scale_dtype
   const uint8_t* zero_point;  // [panels, groups, 16]
-  float* out;                 // [panels, m, 16]
+  float* out;                 // [panels, rows, 16] of a window of the product: all or part of it
   DType scale_dtype;
-  int64_t m;
-  int64_t begin, end;  // the rows of one call
+  int64_t first_row, first_panel, rows;  // the window
+  int64_t begin, end;                    // the rows of one call
   int64_t outliers;
   PackedLayout layout;
   int64_t groups, panel_words;  // the layout's: each costs divisions, and a call may be short
 
   FEWBIT_ALWAYS_INLINE int64_t at(int64_t row, int64_t panel) const {  // in out
-    return (panel * m + row) * panel_rows;
+    return ((panel - first_panel) * rows + row - first_row) * panel_rows;
   }
   FEWBIT_ALWAYS_INLINE int64_t tasks() const { return layout.panels(); }
 };
