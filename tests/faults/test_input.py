@@ -235,6 +235,37 @@ def test_f25_the_binary_asks_torch_for_c_functions_only():
     assert not [name for name in wanted if re.match(r"_ZN?K?(2at|3c10|5torch|6caffe2)", name)]
 
 
+OTHER = """
+import torch
+from fewbit import ops
+w, x, g = torch.randn(48, 64), torch.randn(7, 64), torch.zeros(64, 64)
+codes = ops.quantize(w, 4, 16)
+y = ops.w4a16_linear(x, *ops.pack(*codes, 4, 16), None, 48, 4, 16)
+ops.gram(x, g)
+assert torch.allclose(y, x @ ops.dequantize(*codes, 16).T, atol=1e-4)
+assert torch.allclose(g, x.T @ x, atol=1e-4)
+"""
+
+
+@pytest.mark.slow
+def test_the_same_binary_runs_with_other_releases_of_torch():
+    """FEWBIT_OTHER_TORCH: interpreters of this Python version, each with a torch of its own."""
+    others = os.environ.get("FEWBIT_OTHER_TORCH", "").split()
+    if not others:
+        pytest.skip("FEWBIT_OTHER_TORCH names no interpreter with another torch")
+    for python in others:
+        ask = [python, "-c", "import torch; print(torch.__version__)"]
+        version = subprocess.run(ask, capture_output=True, text=True, check=True).stdout.strip()
+        assert version != torch.__version__
+        done = subprocess.run([python, "-c", OTHER], capture_output=True, text=True)
+        if tuple(map(int, version.split(".")[:2])) >= (2, 10):
+            assert done.returncode == 0, (version, done.stderr)
+        else:
+            last = done.stderr.splitlines()[-1]
+            assert done.returncode == 1 and "[FB600]" in last, done.stderr
+            assert f"with torch {version}, which must be 2.10 or newer" in last
+
+
 BROKEN = """
 import sys
 class Finder:

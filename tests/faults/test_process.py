@@ -196,6 +196,64 @@ def test_f12_a_notebooks_stop_button_ends_the_cell_and_the_same_cell_goes_on(tmp
     assert digest(tmp_path / "out") == digest(tmp_path / "want")
 
 
+@pytest.fixture
+def kernel():
+    """A notebook's kernel, and what a notebook talks to it with."""
+    pytest.importorskip("ipykernel", reason="needs ipykernel and jupyter_client")
+    manager = pytest.importorskip("jupyter_client.manager", reason="needs jupyter_client")
+    kernel, client = manager.start_new_kernel(cwd=str(HERE))
+    yield kernel, client
+    client.stop_channels()
+    kernel.shutdown_kernel(now=True)
+
+
+CELL_OF = """
+import time
+from pathlib import Path
+from sweep import quantize
+ended = 0.0
+def cell():
+    global ended
+    try:
+        quantize(Path({folder!r}) / "model", Path({folder!r}) / "out", "gptq", 256)
+    finally:
+        ended = time.monotonic()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of the packages around the kernel
+def test_the_stop_button_of_a_real_notebook(kernel, tmp_path):
+    """By its signal and by its message: the cell ends, and run again it goes on."""
+    kernel, client = kernel
+    torch.manual_seed(0)
+    wide(tmp_path / "model", 1024, 2816)
+
+    def run(source: str, press=None) -> dict:
+        asked = client.execute(source, user_expressions={"ended": "ended"}, stop_on_error=False)
+        if press is not None:
+            time.sleep(after)
+            press()
+        while True:  # the answer to starting may still be under way
+            answer = client.get_shell_msg(timeout=120)
+            if answer["parent_header"].get("msg_id") == asked:
+                return answer["content"]
+
+    assert run(CELL_OF.format(folder=str(tmp_path)))["status"] == "ok"
+    message = client.session.msg("interrupt_request", {})
+    presses = [kernel.interrupt_kernel, lambda: client.control_channel.send(message)]
+    for after, press in zip((0.4, 1.1), presses, strict=True):
+        sent = time.monotonic() + after
+        found = run("cell()", press)
+        assert found["status"] == "error" and found["ename"] == "KeyboardInterrupt", found
+        ended = run("pass")["user_expressions"]["ended"]["data"]["text/plain"]
+        assert 0 < float(ended) - sent < 0.5  # the kernel's traceback takes seconds more
+        assert not (tmp_path / "out").exists()
+    assert run("cell()")["status"] == "ok"
+    quantize(tmp_path / "model", tmp_path / "want", "gptq", 256)
+    assert digest(tmp_path / "out") == digest(tmp_path / "want")
+
+
 TWICE = """
 import sys, time
 from fewbit import interrupt
