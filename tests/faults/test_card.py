@@ -13,6 +13,10 @@ import fewbit
 from card import CARD, Card, OnCard
 from fewbit import distributed, stream
 from fewbit.errors import UnsupportedError, UsageError
+from fewbit.recipes import Recipe
+from fewbit.scheme import Scheme
+from fewbit.solvers.gptq import GPTQ
+from fewbit.solvers.obq import OBQ
 from tiny import tiny
 
 RUNS = {  # method, twin, scheme, format
@@ -50,6 +54,19 @@ def test_layers_are_computed_on_the_card_to_the_same_bytes(tmp_path, name):
     assert card.calls["linear"] > 10 and card.calls["scaled_dot_product_attention"] > 4
     assert card.calls["gram.default"] > 10 or name in ("cached", "llm-int8", "learned")
     assert done == run(tmp_path, name, "cpu")
+
+
+@pytest.mark.parametrize("solver", [GPTQ(clip=False), OBQ(), OBQ(sweeps=2)])
+def test_solvers_without_a_name_run_on_the_card_too(tmp_path, solver):
+    recipe = Recipe("test", Scheme.parse("w3a16g8"), solver=solver)
+    tiny("opt").save_pretrained(tmp_path / "model")
+    arguments = {"calibration": windows(24), "format": "fewbit", "progress": False}
+    with Card():
+        stream.quantize_directory(
+            tmp_path / "model", tmp_path / "card", recipe, device="cuda", **arguments
+        )
+    stream.quantize_directory(tmp_path / "model", tmp_path / "cpu", recipe, **arguments)
+    assert digest(tmp_path / "card") == digest(tmp_path / "cpu")
 
 
 @pytest.fixture
