@@ -181,7 +181,7 @@ void rotations() {
   for (const bool tabulated : {false, true})
     check("hadamard", [&] {
       const HadamardBase factor{m, false, tabulated ? patterns.data() : nullptr,
-                                tabulated ? nullptr : base.data()};
+                                tabulated ? nullptr : base.data(), nullptr};
       Data<float> y(M * width);
       run(Hadamard{x.data(), signs.data(), &factor, 1, y.data(), DType::f32, M, width, 5, 0.125f,
                    false});

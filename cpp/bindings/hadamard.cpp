@@ -35,18 +35,38 @@ bool is_paired(const int8_t* b, int64_t m) {
   return true;
 }
 
+// Whether reversing rows and columns 1 .. m - 1 of b [m, m], m odd, leaves it as it is.
+bool is_mirrored(const float* b, int64_t m) {
+  if (m < 3 || m % 2 == 0) return false;
+  for (int64_t i = 0; i <= m / 2; ++i)
+    for (int64_t o = 0; o < m; ++o)
+      if (b[i * m + o] != b[(m - i) % m * m + (m - o) % m]) return false;
+  return true;
+}
+
 // A factor of the transform, with the memory that it reads.
 struct Factor {
   HadamardBase base;
   Tensor matrix;
   std::vector<uint8_t> patterns;
-  std::vector<float> products;
+  std::vector<float> products, halves;
 
   explicit Factor(const Tensor& given) : matrix(dense(given)) {
     const int64_t m = matrix.size(0);
-    base = {m, false, nullptr, nullptr};
+    base = {m, false, nullptr, nullptr, nullptr};
     if (matrix.scalar_type() == ScalarType::Float) {
-      base.products = data<float>(matrix);
+      const float* b = data<float>(matrix);
+      base.products = b;
+      if (!is_mirrored(b, m)) return;
+      const int64_t half = base.half();
+      halves.assign(2 * half * half, 0.0f);  // no difference is left of row and column 0
+      for (int64_t i = 0; i < half; ++i)
+        for (int64_t o = 0; o < half; ++o) {
+          const float here = b[i * m + o], there = b[(m - i) % m * m + o];
+          halves[i * half + o] = i == 0 ? here : 0.5f * (here + there);
+          if (i > 0) halves[(half + i) * half + o] = 0.5f * (here - there);
+        }
+      base.halves = halves.data();
       return;
     }
     const int8_t* b = data<int8_t>(matrix);

@@ -297,6 +297,53 @@ static void by_products(const HadamardBase& base, const float* z, int64_t from, 
   }
 }
 
+// The same through sums and differences of mirrored rows.
+template <int columns>
+constexpr int64_t most_folded =
+    16384 / columns;  // rows of them that stay in the second-level cache
+template <int columns, class T>
+static void by_halves(const HadamardBase& base, const float* z, int64_t from, T* y, int64_t to,
+                      Finish finish, Ahead& ahead) {
+  constexpr int vectors = columns / F32::width;
+  constexpr int outputs = vectors >= 4 ? 2 : 8 / vectors;
+  alignas(64) float folded[2][most_folded<columns> / 2 + 1][columns];
+  const int64_t m = base.m, half = base.half();
+  for (int64_t i = 0; i < half; ++i)
+    for (int v = 0; v < vectors; ++v) {
+      const F32 a = F32::load(z + i * from + v * F32::width);
+      const F32 b = i == 0 ? F32::zero() : F32::load(z + (m - i) * from + v * F32::width);
+      (a + b).store(folded[0][i] + v * F32::width);
+      (a - b).store(folded[1][i] + v * F32::width);
+    }
+  for (int64_t o = 0; o < half; o += outputs) {
+    const int64_t here = half - o < outputs ? half - o : outputs;
+    F32 sum[2][outputs][vectors];
+    for (int s = 0; s < 2; ++s)
+      for (int i = 0; i < outputs; ++i)
+        for (int v = 0; v < vectors; ++v) sum[s][i][v] = F32::zero();
+    for (int64_t r = 0; r < half; ++r)
+#pragma GCC unroll 2
+      for (int s = 0; s < 2; ++s) {
+        const float* b = base.halves + (s * half + r) * half + o;
+        F32 x[vectors];
+        for (int v = 0; v < vectors; ++v) x[v] = F32::load(folded[s][r] + v * F32::width);
+#pragma GCC unroll 8
+        for (int i = 0; i < outputs; ++i) {
+          const F32 factor = F32::set(b[i < here ? i : 0]);
+#pragma GCC unroll 8
+          for (int v = 0; v < vectors; ++v) sum[s][i][v] = fma(x[v], factor, sum[s][i][v]);
+        }
+      }
+    ahead.step(2 * outputs * columns / 16);
+    for (int i = 0; i < here; ++i)
+      for (int v = 0; v < vectors; ++v) {
+        const F32 even = sum[0][i][v], odd = sum[1][i][v];
+        finish.put(even + odd, y + (o + i) * to + v * F32::width);
+        if (o + i > 0) finish.put(even - odd, y + (m - o - i) * to + v * F32::width);
+      }
+  }
+}
+
 // The same with the outputs of one column across the lanes, for columns that lie apart.
 template <class T>
 static void by_column(const HadamardBase& base, const float* z, int64_t inner, float* column, T* y,
@@ -332,7 +379,12 @@ static void side_by_side(const HadamardBase& base, const float* z, int64_t inner
     const int64_t left = inner - c;
     // Wide tables where all of them stay in L1: a pattern is read once for more columns.
     const int wide = base.bundles() <= 8 ? 64 : 32;
-    if (!base.patterns && left >= 64)
+    constexpr int broad = F32::width == 16 ? 64 : few;  // as the registers allow
+    if (base.halves && base.m <= most_folded<broad> && left >= broad)
+      step(by_halves<broad, T>, broad);
+    else if (base.halves && base.m <= most_folded<few>)
+      step(by_halves<few, T>, few);
+    else if (!base.patterns && left >= 64)
       step(by_products<64, T>, 64);
     else if (!base.patterns)
       step(by_products<few, T>, few);

@@ -168,8 +168,11 @@ def hartley_matrix(m: int) -> Tensor:
     """
     check_int("the order of a Hartley matrix", m, 1, LARGEST)
     index = torch.arange(m)
-    phase = (index[:, None] * index[None, :] % m).to(torch.float64) * (2 * math.pi / m)
-    return (phase.cos() + phase.sin()) / math.sqrt(m)
+    phase = index.to(torch.float64) * (2 * math.pi / m)
+    # From one table, so that entries of equal phase are equal in every bit, on which the kernel
+    # relies to halve its work (cpp/include/fewbit/hadamard.h).
+    table = (phase.cos() + phase.sin()) / math.sqrt(m)
+    return table[index[:, None] * index[None, :] % m]
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,9 @@
 // inputs are tabulated once, so that each of the m outputs needs m / 4 additions (the "four
 // Russians": V. Arlazarov, E. Dinic, M. Kronrod, I. Faradzhev, 1970). A matrix of Paley's second
 // kind is C (x) [1 1; 1 -1] - 2 I (x) [0 1; 1 0] with C of half its order: both halves of a pair go
-// through the same C, m / 8 additions an output. Any other B is m multiply-adds an output. float32
+// through the same C, m / 8 additions an output. Any other B is m multiply-adds an output; one of
+// odd order that reversing rows and columns 1 .. m - 1 leaves as it is, as Hartley's, half as many:
+// sums x_i + x_{m-i} and differences go each through a matrix of half the order. float32
 // throughout, scaled once at the end; the order of the sums depends on n only, so every instruction
 // set gives the same bits.
 #pragma once
@@ -23,8 +25,10 @@ struct HadamardBase {
   bool paired;              // of Paley's second kind; the patterns are C's
   const uint8_t* patterns;  // [bundles, order]: bit i of (g, o) is set where B[4 g + i][o] < 0
   const float* products;    // [m, m], B, where patterns is null
+  const float* halves;      // [2, half, half]: (B[i][o] +- B[m - i][o]) / 2; null without symmetry
 
   FEWBIT_ALWAYS_INLINE int64_t order() const { return paired ? m / 2 : m; }
+  FEWBIT_ALWAYS_INLINE int64_t half() const { return (m + 1) / 2; }
   FEWBIT_ALWAYS_INLINE int64_t bundles() const { return (order() + bundle - 1) / bundle; }
 };
 
