@@ -6,6 +6,8 @@ phase is the peak. Times are counts of work over rates measured on this machine 
 
 from __future__ import annotations
 
+import copy
+import math
 import os
 import shutil
 import sys
@@ -17,6 +19,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from . import ops
 from .calibrate import Windows
 from .distributed import CPU
 from .durable import storing
@@ -26,13 +29,15 @@ from .linearise import linearise
 from .memory import resident, trim
 from .recipes import Recipe
 from .shards import Shards
+from .solvers.gptq import GPTQ
 from .source import Directory, Source
-from .stats import sum_type
+from .stats import Stats, sum_type
 
 MIB = 1 << 20
 LIBRARIES = 96 * MIB  # code and buffers that the first products and rotations bring in
 LEAST_WINDOW = 64  # tokens; statistics of shorter windows are not worth having
 FLOAT, WIDE = 4, 8  # bytes of the types that are computed in
+WIDEST = 4096  # columns of a linear that is solved to see how long it takes
 PRODUCT = {"cpu": 768, "cuda": 2048}  # order of the matrices that keep a processor busy
 
 
@@ -173,10 +178,15 @@ class Rates:
     weights: float
     write: float
     read: float
+    gram: float = math.inf  # tokens times columns^2 a second
+    solve: float = math.inf  # rows times columns^2
+    factor: float = math.inf  # columns^3
 
 
-def measure(recipe: Recipe, shards: Shards, folder: Path, device: torch.device = CPU) -> Rates:
-    """A second of work of each kind."""
+def measure(
+    recipe: Recipe, shards: Shards, folder: Path, columns: int, device: torch.device = CPU
+) -> Rates:
+    """A second of work of each kind; ``columns``: of the widest linear."""
     from .recipes import rtn
 
     generator = torch.Generator().manual_seed(0)
@@ -210,7 +220,30 @@ def measure(recipe: Recipe, shards: Shards, folder: Path, device: torch.device =
     part = tensor.reshape(-1)[: 16 * MIB].to(torch.float32, copy=True)
     read = part.numel() * tensor.element_size() / (time.perf_counter() - started)
     shards.close()
-    return Rates(products, weights, written, read)
+    if not recipe.needs_stats:
+        return Rates(products, weights, written, read)
+    return Rates(products, weights, written, read, *_second_order(recipe, columns, device))
+
+
+def _second_order(
+    recipe: Recipe, columns: int, device: torch.device
+) -> tuple[float, float, float]:
+    """Rates of Gram matrices, and of a solver that factors them, on a linear of few rows."""
+    columns, rows = min(columns, WIDEST), 128
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(rows, columns, generator=generator).to(device)
+    gram = torch.zeros(columns, columns, dtype=sum_type(columns, device), device=device)
+    seconds = _best(lambda: ops.gram(x, gram), 2, device)
+    summed = rows * columns**2 / seconds
+    solver = copy.deepcopy(getattr(recipe.solver, "base", recipe.solver))
+    if not isinstance(solver, GPTQ):
+        return summed, math.inf, math.inf
+    size = x.abs()
+    stats = Stats(rows, size.sum(0), size.amax(0), gram, gram if solver.needs_cross else None)
+    both, again = (
+        _best(lambda: solver.solve(x, recipe.scheme, stats), 1, device) for _ in range(2)
+    )  # the second finds the factor of the first
+    return summed, rows * columns**2 / again, columns**3 / max(both - again, 1e-3)
 
 
 def _best(run, repeats: int = 4, device: torch.device = CPU) -> float:
@@ -241,11 +274,8 @@ def estimate(
 ) -> Plan:
     """The plan of quantising a model directory; reads headers, and a few megabytes for the rate."""
     model, family = source.model, source.family
-    rates = measure(recipe, shards, Path(tempfile.gettempdir()), device)
     free = 0 if device == CPU else torch.cuda.mem_get_info(device)[0]
     dtype = dtype or stored_dtype(shards)
-    trim()  # a tokenizer leaves hundreds of bytes for each token of the text
-    base = resident() + LIBRARIES
     layers = decoder_layers(model, family)
     inside = f"{family.layers}."
     around = {n: p.numel() for n, p in model.named_parameters() if not n.startswith(inside)}
@@ -255,6 +285,10 @@ def estimate(
         for linear in (layers[0].get_submodule(path) for path in family.linears())
     ]
     undo()
+    widest = max(k for _, k in shapes)
+    rates = measure(recipe, shards, Path(tempfile.gettempdir()), widest, device)
+    trim()  # a tokenizer leaves hundreds of bytes for each token of the text
+    base = resident() + LIBRARIES
     width = {path: shape for path, shape in zip(family.linears(), shapes, strict=True)}
     groups = [[width[path] for path in paths] for paths in family.inputs()]  # of common inputs
     sizes = [n * k for n, k in shapes]
@@ -328,8 +362,9 @@ def estimate(
     output = int(dtype.itemsize * (outer + rest * count) + sum(packed) * count)
     written = output + floats * hidden * count
     seconds = count * sum(
-        work(recipe, n, k, tokens, first) / rates.products + n * k / rates.weights
-        for (n, k), first in zip(shapes, _firsts(shapes), strict=True)
+        work(recipe, rates, n, k, tokens, first=i == 0)
+        for group in groups
+        for i, (n, k) in enumerate(group)
     )
     forward = 2 * tokens * sum(sizes) * count * (2 + 2 * (floats - 1)) / rates.products
     io = stored * weights * count / rates.read + written / rates.write
@@ -353,12 +388,6 @@ def estimate(
     )
 
 
-def _firsts(shapes: list[tuple[int, int]]) -> list[bool]:
-    """Whether a linear is the first with its number of inputs."""
-    seen: set[int] = set()
-    return [not (k in seen or seen.add(k)) for _, k in shapes]
-
-
 def shards_largest(shards: Shards) -> int:
     files: dict[str, int] = {}
     for entry in shards.entries.values():
@@ -377,18 +406,19 @@ def transient(recipe: Recipe, n: int, k: int) -> int:
     return (16 if recipe.needs_stats else 12) * e
 
 
-def work(recipe: Recipe, n: int, k: int, tokens: int, first: bool) -> float:
-    """Flops of statistics and search for one linear, in units of plain products."""
+def work(recipe: Recipe, rates: Rates, n: int, k: int, tokens: int, first: bool) -> float:
+    """Seconds of statistics, search, solving and packing for one linear; the ``first`` of those
+    that read an input pays for what they share."""
     from .pipeline import ERROR_ROWS
 
+    seconds = n * k / rates.weights
     if not recipe.needs_stats:
-        return 0.0
-    total = 2.0 * min(n, ERROR_ROWS) * k * k  # the error report
+        return seconds
+    seconds += 2.0 * min(n, ERROR_ROWS) * k * k / rates.products  # the error report
+    seconds += n * k * k / rates.solve
     if first:
-        total += tokens * k * k  # the Gram matrix
-    if type(getattr(recipe.solver, "base", recipe.solver)).__name__ == "GPTQ":
-        total += 1.0 * n * k * k + (0.5 * k**3 if first else 0.0)
+        seconds += tokens * k * k / rates.gram + float(k) ** 3 / rates.factor
     for transform in recipe.transforms:
         if type(transform).__name__ == "SearchScale":
-            total += 2.0 * n * k * k * 4
-    return total
+            seconds += 2.0 * n * k * k * 4 / rates.products
+    return seconds
