@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from fewbit.memory import peak, reset_peak, resident, trim
+from fewbit.stats import Stats
 
 MIB = 2**20
 
@@ -43,6 +44,13 @@ def test_what_was_freed_in_small_pieces_goes_back_to_the_system():
     del pieces
     trim()
     assert resident() < held - 60 * 1000**2 and len(last) == 4000
+
+
+def test_scaled_statistics_take_one_copy_of_a_gram_matrix():
+    gram, one = torch.ones(2048, 2048), torch.ones(2048)  # 16 MiB
+    held, start = Stats(8, one, one, gram), reset_peak()
+    made = held.scaled(2 * one)
+    assert float(made.gram.sum()) == 2048**2 / 4 and peak() - start < 24 * MIB
 
 
 APART = """

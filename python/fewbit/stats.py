@@ -46,8 +46,8 @@ class Stats:
 
     def scaled(self, s: Tensor) -> Stats:
         """The statistics of x / s, for a positive ``s`` [K]: S^-1 G S^-1."""
-        gram, cross = (
-            None if m is None else m / s[:, None] / s[None, :] for m in (self.gram, self.cross)
+        gram, cross = (  # one copy, not two: this may be the largest tensor of a run
+            None if m is None else (m / s[:, None]).div_(s) for m in (self.gram, self.cross)
         )
         sample = None if self.sample is None else self.sample / s
         return replace(
