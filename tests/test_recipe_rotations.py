@@ -246,15 +246,20 @@ def test_ranges_fall_on_tokens_not_seen():
 
 
 def test_learning_is_deterministic_and_helps():
-    results = []
-    for threads in (1, 2):
-        torch.set_num_threads(threads)
-        model = tiny("llama-gqa")
-        spin = SpinQuant(steps=12, lr=0.03, batch=4, range_steps=4, weights=True, seed=3)
-        spin.prepare(model, describe(model), Scheme.parse("w3a3"), WINDOWS.batches)
-        results.append(spin)
-    assert torch.equal(results[0].r1, results[1].r1)
-    assert sum(results[0].losses[-3:]) < sum(results[0].losses[:3])
+    """The loss of a step is noise of the rounding by a tenth: thirds of 60 steps, of two seeds."""
+    first, last = 0.0, 0.0
+    for seed in (0, 1):
+        results = []
+        for threads in (1, 2)[: 2 - seed]:
+            torch.set_num_threads(threads)
+            model = tiny("llama-gqa")
+            spin = SpinQuant(steps=60, lr=0.02, batch=4, range_steps=4, weights=True, seed=seed)
+            spin.prepare(model, describe(model), Scheme.parse("w4a4"), WINDOWS.batches)
+            results.append(spin)
+        assert torch.equal(results[0].r1, results[-1].r1)
+        first += sum(results[0].losses[:20])
+        last += sum(results[0].losses[-20:])
+    assert last < 0.98 * first
 
 
 def test_two_processes_learn_the_same_rotation():
