@@ -120,18 +120,16 @@ def peer_table() -> str:
     return "\n".join(lines)
 
 
-def seeds_table(path: Path) -> str:
-    """What bench_methods.py and bench_rotation.py keep: mean and standard deviation over seeds."""
-    results = json.loads(path.read_text(encoding="utf-8"))
-    models = results["models"]
+def spread_table(models: list[str], rows: dict[str, dict[str, list[float]]]) -> str:
+    """Mean and standard deviation of what each row has of each model."""
     lines = ["| books_test perplexity | " + " | ".join(models) + " |"]
     lines.append("|---|" + "---|" * len(models))
-    for label, found in results["rows"].items():
+    for label, found in rows.items():
         cells = []
         for name in models:
             values = found.get(name, [])
-            spread = f"{statistics.stdev(values):.2f}" if len(values) > 1 else "0.00"
-            cell = f"{statistics.mean(values):.2f}" if values else ""
+            spread = shown(statistics.stdev(values)) if len(values) > 1 else "0.00"
+            cell = shown(statistics.mean(values)) if values else ""
             if spread != "0.00":  # float is the same with any outliers
                 cell += f" \u00b1 {spread}"
             cells.append(cell)
@@ -139,13 +137,32 @@ def seeds_table(path: Path) -> str:
     return "\n".join(lines)
 
 
+def seeds_table(path: Path) -> str:
+    """What bench_methods.py and bench_rotation.py keep."""
+    results = json.loads(path.read_text(encoding="utf-8"))
+    return spread_table(results["models"], results["rows"])
+
+
+def draws_table(models: list[str]) -> str:
+    """Rows that were measured on every draw of the outliers: X-outliers, X-1-outliers, .."""
+    found = {
+        name: [perplexities(path.stem) for path in
+               (RESULTS / "accuracy").glob(name.replace("-outliers", "*-outliers.json"))]
+        for name in models
+    }  # fmt: skip
+    kept = {
+        (scheme, label): {
+            name: [draw[scheme, label] for draw in draws] for name, draws in found.items()
+            if len(draws) > 1 and all((scheme, label) in draw for draw in draws)
+        }
+        for scheme, label in rows()
+    }
+    return spread_table(models, {f"{s} {label}": v for (s, label), v in kept.items() if v})
+
+
 def tables() -> dict[str, str]:
     found = {"accuracy": accuracy_table(MODELS), "goals": goal_table(MODELS)}
-    seeds = sorted(
-        path.stem for path in (RESULTS / "accuracy").glob("*.json") if path.stem not in MODELS
-    )
-    if seeds:
-        found["seeds"] = accuracy_table(seeds)
+    found["draws"] = draws_table([name for name in MODELS if name.endswith("-outliers")])
     if (RESULTS / "peers.json").exists():
         found["peers"] = peer_table()
     for name in ("methods", "rotation"):

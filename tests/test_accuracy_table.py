@@ -57,3 +57,16 @@ def test_new_cells_replace_old_ones(tmp_path, monkeypatch):
     new.write_text(json.dumps({"protocol": {"model": "m", "windows": 1}, "cells": []}))
     with pytest.raises(SystemExit, match="another protocol"):
         accuracy_table.add(new)
+
+
+def test_draws_are_a_mean_and_a_deviation_of_the_rows_that_all_have(tmp_path, monkeypatch):
+    monkeypatch.setattr(accuracy_table, "RESULTS", tmp_path)
+    (tmp_path / "accuracy").mkdir()
+    for name, rows in (
+        ("m-outliers", {"rtn": 5.0, "gptq": 4.5}), ("m-1-outliers", {"rtn": 7.0}), ("m", {}),
+        ("n-outliers", {"rtn": 3.0}),
+    ):  # fmt: skip
+        cells = [{"scheme": "w4a16g128", "label": k, "perplexity": v} for k, v in rows.items()]
+        (tmp_path / "accuracy" / f"{name}.json").write_text(json.dumps({"cells": cells}))
+    made = accuracy_table.draws_table(["m-outliers", "n-outliers"]).splitlines()[2:]
+    assert made == ["| w4a16g128 rtn | 6.00 \u00b1 1.41 |  |"]
