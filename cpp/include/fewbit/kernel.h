@@ -33,24 +33,19 @@ Kernel<Args> kernel_for() {
 }  // namespace cpu
 }  // namespace fewbit
 
+#define FEWBIT_DECLARE(Args, isa)                       \
+  namespace isa {                                       \
+  void kernel(const Args&, int64_t begin, int64_t end); \
+  }
+
 #if defined(FEWBIT_HAS_X86)
 #define FEWBIT_KERNEL_FOR(Args, vnni_isa, amx_isa)      \
   namespace cpu {                                       \
-  namespace scalar {                                    \
-  void kernel(const Args&, int64_t begin, int64_t end); \
-  }                                                     \
-  namespace avx2 {                                      \
-  void kernel(const Args&, int64_t begin, int64_t end); \
-  }                                                     \
-  namespace avx512 {                                    \
-  void kernel(const Args&, int64_t begin, int64_t end); \
-  }                                                     \
-  namespace vnni_isa {                                  \
-  void kernel(const Args&, int64_t begin, int64_t end); \
-  }                                                     \
-  namespace amx_isa {                                   \
-  void kernel(const Args&, int64_t begin, int64_t end); \
-  }                                                     \
+  FEWBIT_DECLARE(Args, scalar)                          \
+  FEWBIT_DECLARE(Args, avx2)                            \
+  FEWBIT_DECLARE(Args, avx512)                          \
+  FEWBIT_DECLARE(Args, vnni_isa)                        \
+  FEWBIT_DECLARE(Args, amx_isa)                         \
   template <>                                           \
   struct KernelTable<Args> {                            \
     static Kernel<Args> get(Isa isa) {                  \
@@ -67,9 +62,7 @@ Kernel<Args> kernel_for() {
 #else
 #define FEWBIT_KERNEL_FOR(Args, vnni_isa, amx_isa)           \
   namespace cpu {                                            \
-  namespace scalar {                                         \
-  void kernel(const Args&, int64_t begin, int64_t end);      \
-  }                                                          \
+  FEWBIT_DECLARE(Args, scalar)                               \
   template <>                                                \
   struct KernelTable<Args> {                                 \
     static Kernel<Args> get(Isa) { return &scalar::kernel; } \
