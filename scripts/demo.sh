@@ -3,4 +3,5 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash scripts/bootstrap.sh
-exec "${FEWBIT_VENV:-.venv}/bin/fewbit" demo "$@"
+# Into build/, which is not part of the tree; a -o of the caller's comes later and wins.
+exec "${FEWBIT_VENV:-.venv}/bin/fewbit" demo -o build/demo "$@"
