@@ -1,7 +1,7 @@
 """The README's reliability table, from the names of the tests: python scripts/reliability_table.py
 
 A test that is named test_fNN_what_it_shows belongs to row FNN. Without arguments the table is
-printed; ``--write`` puts it into README.md between its two marks.
+printed; ``--write`` puts it into README.md and its translations, between its two marks.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+READMES = [ROOT / "README.md", *sorted((ROOT / "python/fewbit/docs").glob("README.*.md"))]
 BEGIN, END = "<!-- reliability table: begin -->", "<!-- reliability table: end -->"
 
 FAULTS = (
@@ -65,10 +66,10 @@ def main() -> None:
     if "--write" not in sys.argv[1:]:
         print(table())
         return
-    path = ROOT / "README.md"
-    text = path.read_text(encoding="utf-8")
-    start, end = text.index(BEGIN) + len(BEGIN), text.index(END)
-    path.write_text(f"{text[:start]}\n{table()}\n{text[end:]}", encoding="utf-8")
+    for path in READMES:
+        text = path.read_text(encoding="utf-8")
+        start, end = text.index(BEGIN) + len(BEGIN), text.index(END)
+        path.write_text(f"{text[:start]}\n{table()}\n{text[end:]}", encoding="utf-8")
 
 
 if __name__ == "__main__":

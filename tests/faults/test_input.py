@@ -248,7 +248,7 @@ assert torch.allclose(g, x.T @ x, atol=1e-4)
 
 
 @pytest.mark.slow
-def test_the_same_binary_runs_with_other_releases_of_torch():
+def test_f25_the_same_binary_runs_with_other_releases_of_torch():
     """FEWBIT_OTHER_TORCH: interpreters of this Python version, each with a torch of its own."""
     others = os.environ.get("FEWBIT_OTHER_TORCH", "").split()
     if not others:

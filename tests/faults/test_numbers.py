@@ -341,7 +341,7 @@ for m, k, n in (64, 1408, 1408), (64, 2048, 2048), (512, 4096, 1024), (48, 1408,
 """
 
 
-def test_products_are_the_same_bits_on_any_number_of_threads():
+def test_f18_products_are_the_same_bits_on_any_number_of_threads():
     subprocess.run([sys.executable, "-c", PRODUCTS], check=True)
 
 
@@ -387,7 +387,7 @@ SIZES = {  # would take hours, or all memory, before they fail
 
 @pytest.mark.parametrize("name", SIZES)
 @pytest.mark.parametrize("value", [2**31, 2**63 - 1, 2**80])
-def test_a_number_of_absurd_size_is_one_sentence(name, value):
+def test_f07_a_number_of_absurd_size_is_one_sentence(name, value):
     with pytest.raises(UsageError, match=rf"{name} must be in \d+\.\.\d+, got \d+"):
         SIZES[name](value)
 

@@ -223,7 +223,7 @@ def cell():
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of the packages around the kernel
-def test_the_stop_button_of_a_real_notebook(kernel, tmp_path):
+def test_f26_the_stop_button_of_a_real_notebook(kernel, tmp_path):
     """By its signal and by its message: the cell ends, and run again it goes on."""
     kernel, client = kernel
     torch.manual_seed(0)

@@ -36,12 +36,12 @@ def agree(model, tmp_path, method, sizes, device="cpu"):
         assert digest(tmp_path / f"out{size}") == digest(tmp_path / "one")
 
 
-def test_two_ranks_give_the_bytes_of_one(model, tmp_path):
+def test_f18_two_ranks_give_the_bytes_of_one(model, tmp_path):
     agree(model, tmp_path, "gptq", [2])
 
 
 @pytest.mark.slow
-def test_two_ranks_on_cards_give_the_bytes_of_one_on_the_cpu(model, tmp_path):
+def test_f18_two_ranks_on_cards_give_the_bytes_of_one_on_the_cpu(model, tmp_path):
     agree(model, tmp_path, "gptq", [2], "cuda")
 
 
@@ -67,13 +67,13 @@ def test_torchrun_runs_the_command_line(model, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
-def test_two_and_three_ranks_give_the_bytes_of_one(model, tmp_path, method):
+def test_f18_two_and_three_ranks_give_the_bytes_of_one(model, tmp_path, method):
     agree(model, tmp_path, method, [2, 3])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_dead_rank_ends_the_job_and_the_next_goes_on(model, tmp_path, rank):
+def test_f13_a_dead_rank_ends_the_job_and_the_next_goes_on(model, tmp_path, rank):
     quantize(model, tmp_path / "one", "gptq")
     done = torchrun(2, model, tmp_path / "out", "gptq", "cpu", rank)
     assert done.returncode != 0 and not (tmp_path / "out").exists()
