@@ -97,6 +97,27 @@ def goal_table(models: list[str]) -> str:
     return "\n".join(lines)
 
 
+def auto_table(models: list[str]) -> str:
+    """By scheme: KL divergence and perplexity of auto over the least that a row has which chooses
+    nothing and learns nothing afterwards."""
+    lines = ["| auto over the best single recipe: KL, perplexity | " + " | ".join(models) + " |"]
+    lines.append("|---|" + "---|" * len(models))
+    for scheme in TABLE:
+        shares = []
+        for name in models:
+            found = {
+                c["label"]: c for c in stored(name)["cells"]
+                if c["scheme"] == scheme and "tune" not in c["label"] and c.get("kl") is not None
+            }
+            auto = found.pop("auto", None)
+            share = (auto[key] / min(c[key] for c in found.values())
+                     for key in ("kl", "perplexity")) if auto and found else ()  # fmt: skip
+            shares.append(", ".join(f"{x:.3f}" for x in share))
+        if any(shares):
+            lines.append(f"| {scheme} | " + " | ".join(shares) + " |")
+    return "\n".join(lines)
+
+
 def peer_table() -> str:
     """What bench_peers.py keeps: perplexity, and seconds of processor time."""
     results = json.loads((RESULTS / "peers.json").read_text(encoding="utf-8"))
@@ -162,6 +183,7 @@ def draws_table(models: list[str]) -> str:
 
 def tables() -> dict[str, str]:
     found = {"accuracy": accuracy_table(MODELS), "goals": goal_table(MODELS)}
+    found["auto"] = auto_table(MODELS)
     found["draws"] = draws_table([name for name in MODELS if name.endswith("-outliers")])
     if (RESULTS / "peers.json").exists():
         found["peers"] = peer_table()

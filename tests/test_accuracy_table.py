@@ -70,3 +70,18 @@ def test_draws_are_a_mean_and_a_deviation_of_the_rows_that_all_have(tmp_path, mo
         (tmp_path / "accuracy" / f"{name}.json").write_text(json.dumps({"cells": cells}))
     made = accuracy_table.draws_table(["m-outliers", "n-outliers"]).splitlines()[2:]
     assert made == ["| w4a16g128 rtn | 6.00 \u00b1 1.41 |  |"]
+
+
+def test_auto_is_held_against_rows_that_neither_choose_nor_learn_afterwards(tmp_path, monkeypatch):
+    monkeypatch.setattr(accuracy_table, "RESULTS", tmp_path)
+    (tmp_path / "accuracy").mkdir()
+    rows = {"gptq": (0.5, 8.0), "qronos": (0.25, 10.0), "auto": (0.5, 6.0), "auto+tune": (0.1, 2.0)}
+    cells = [
+        {"scheme": "w4a16g128", "label": label, "kl": kl, "perplexity": perplexity}
+        for label, (kl, perplexity) in rows.items()
+    ]
+    cells.append({"scheme": "w4a16g128", "label": "rtn", "refused": "no"})
+    cells.append({"scheme": "w8a8", "label": "rtn", "kl": 1.0, "perplexity": 2.0})
+    (tmp_path / "accuracy" / "m.json").write_text(json.dumps({"cells": cells}))
+    made = accuracy_table.auto_table(["m", "n"]).splitlines()[2:]
+    assert made == ["| w4a16g128 | 2.000, 0.750 |  |"]
