@@ -2,7 +2,9 @@
 
 A case is a name, contenders (label -> function; "ours" first), a check that raises when ours is
 wrong, and bars: (label, least ratio of that contender's time to ours). Times are in one run, in
-rounds; ratios are of minima and, beside them, of medians.
+rounds; ratios are of minima and, beside them, of medians. A contender's turn is two calls, of which
+the second counts: it finds caches and threads as its own kind left them, not as its predecessor did
+(an 8 MB weight takes 0.10 ms after itself and 0.35 ms after a product that reads 64 MB).
 """
 
 import ctypes
@@ -41,10 +43,9 @@ class Case:
     def run(self, rounds: int) -> None:
         self.check()
         times = {label: [] for label in self.contenders}
-        for function in self.contenders.values():
-            function()
         for _ in range(rounds):
             for label, function in self.contenders.items():
+                function()
                 start = clock()
                 function()
                 times[label].append(clock() - start)

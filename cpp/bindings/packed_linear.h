@@ -79,7 +79,7 @@ IntegerScratch<More...> integer_scratch(const PackedLayout& l, int64_t m, bool c
   const int64_t rows = m > 0 ? integer_rows(m, tiles, codes) : 1, padded = ceil_div(m, rows) * rows;
   const int64_t tokens = quantized ? m : 0;
   const int64_t quads = tiles ? l.tiles() * (tile_columns / 4) : l.padded_columns() / 4;
-  const int64_t digits = tiles ? (codes ? 1 : 3) : codes ? 2 : max_digits;
+  const int64_t digits = tiles ? (codes ? 1 : tile_lefts) : codes ? 2 : max_digits;
   const int64_t tasks =
       tiles && decodes_tiles(l) ? ceil_div(l.panels(), strip_of(l, tile_strip)) : 0;
   return IntegerScratch<More...>(padded * quads * digits, m * l.groups(), m * l.groups(),

@@ -352,10 +352,11 @@ static void decode(const W8A8Linear& a, int64_t panel, uint8_t* out) {
       }
     }
     // Columns past the group's meet digits that are 0.
-    const int64_t tiles = ceil_div(units * quads, 16);
-    __builtin_memset(out + units * quads * 64, 0, size_t(tiles * tile_bytes - units * quads * 64));
+    const int64_t bytes = units * quads * tile_columns;
+    const int64_t whole = ceil_div(bytes, tile_bytes) * tile_bytes;
+    __builtin_memset(out + bytes, 0, size_t(whole - bytes));
     packed += units * Unit::words * panel_rows;
-    out += tiles * tile_bytes;
+    out += whole;
   }
 }
 
@@ -526,11 +527,11 @@ static void tile_steps(const W8A8Linear& a, int64_t task, int64_t first, int64_t
 
 template <int bits>
 static void tile_strips(const W8A8Linear& a, int64_t task, int64_t first, int64_t last) {
-  if (!a.codes) return tile_steps<bits, false, 3>(a, task, first, last);
+  if (!a.codes) return tile_steps<bits, false, tile_lefts>(a, task, first, last);
   switch (a.block_rows / tile_rows) {
     case 1: tile_steps<bits, true, 1>(a, task, first, last); break;
     case 2: tile_steps<bits, true, 2>(a, task, first, last); break;
-    default: tile_steps<bits, true, 3>(a, task, first, last); break;
+    default: tile_steps<bits, true, tile_lefts>(a, task, first, last); break;
   }
 }
 

@@ -26,6 +26,7 @@ namespace fewbit {
 
 constexpr int64_t fixed_rows = 2;  // most rows that w4a16_linear runs on digits without tiles
 constexpr int64_t max_digits = 6;
+constexpr int64_t tile_lefts = 3;          // of a step: the digits of float x, or most codes
 constexpr int64_t integer_block_rows = 8;  // most rows of one step
 constexpr int64_t max_columns = 1 << 16;   // 255 * 128 * 2^16 < 2^31
 
@@ -33,7 +34,7 @@ constexpr int64_t max_columns = 1 << 16;   // 255 * 128 * 2^16 < 2^31
 FEWBIT_ALWAYS_INLINE int64_t integer_rows(int64_t m, bool tiles, bool codes) {
   if (!tiles) return m <= 2 ? m : m <= 4 ? 4 : integer_block_rows;
   const int64_t all = ceil_div(m, tile_rows);
-  return codes ? tile_rows * ceil_div(all, ceil_div(all, 3)) : tile_rows;
+  return codes ? tile_rows * ceil_div(all, ceil_div(all, tile_lefts)) : tile_rows;
 }
 FEWBIT_ALWAYS_INLINE bool in_tiles(int64_t block_rows) { return block_rows >= tile_rows; }
 
