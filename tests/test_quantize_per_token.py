@@ -32,6 +32,20 @@ def test_error_is_half_a_step(isa, symmetric):
     assert bool(((back - x).abs() <= slack * s[:, None].double()).all())
 
 
+@pytest.mark.parametrize("scale", [0.5, 1e-30, 3e38])
+@pytest.mark.parametrize("symmetric, zero", [(True, None), (False, -128), (False, 77)])
+def test_middles_of_codes_and_quotients_of_any_size(isa, symmetric, zero, scale):
+    """A piece of 256 columns that holds a middle is divided; one that saturates is not wrong."""
+    x = torch.randint(-511, 512, (4, 700), generator=torch.Generator().manual_seed(0)) / 4
+    x[1, 300:] *= 1.0 + 2.0**-23  # next to the middles
+    x[2] *= 1e36
+    static = (torch.tensor([scale]), None if zero is None else torch.tensor([zero]).int())
+    for fixed in (static, (None, None)):
+        ours = ops.quantize_per_token(x, symmetric, *fixed)
+        want = reference.quantize_per_token(x, symmetric, *fixed)
+        assert all(torch.equal(a, b) for a, b in zip(ours, want, strict=True))
+
+
 def test_rows_that_are_not_finite(isa):
     x = torch.randn(4, 50)
     x[1, 49], x[2, 3] = float("nan"), float("inf")
