@@ -1,10 +1,10 @@
-"""The README's tables of perplexities, from what was measured: python scripts/accuracy_table.py
+"""The README's tables of what was measured: python scripts/accuracy_table.py
 
 tests/results/accuracy holds, by model, the accuracy.json that `fewbit bench accuracy` writes, and
-tests/results/peers.json, methods.json and rotation.json what tests/bench_peers.py, bench_methods.py
-and bench_rotation.py do. Without arguments the tables are printed; ``--write`` puts them into
-README.md and its translations, between their marks; ``--add FILE ..`` takes cells over from
-accuracy.json files first.
+tests/results/peers.json, methods.json, rotation.json and kernels.json what tests/bench_peers.py,
+bench_methods.py, bench_rotation.py and bench_all.py do. Without arguments the tables are printed;
+``--write`` puts them into README.md and its translations, between their marks; ``--add FILE ..``
+takes cells over from accuracy.json files first.
 """
 
 from __future__ import annotations
@@ -181,12 +181,29 @@ def draws_table(models: list[str]) -> str:
     return spread_table(models, {f"{s} {label}": v for (s, label), v in kept.items() if v})
 
 
+def kernels_table() -> str:
+    """What bench_all.py keeps: ratios on one and on two threads, in italics below their bar."""
+    results = json.loads((RESULTS / "kernels.json").read_text(encoding="utf-8"))
+    lines = ["| ratio, 1 and 2 threads | bar | " + " | ".join(results) + " |"]
+    lines.append("|---|---|" + "---|" * len(results))
+    bars = {row: cell["bar"] for found in results.values() for row, cell in found["rows"].items()}
+    for row, bar in bars.items():
+        cells = []
+        for found in results.values():
+            cell = found["rows"].get(row, {})
+            values = [cell[threads] for threads in ("1", "2") if threads in cell]
+            cells.append(", ".join(f"{v:.2f}" if v >= bar else f"*{v:.2f}*" for v in values))
+        lines.append(f"| {row} | {bar:g} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def tables() -> dict[str, str]:
     found = {"accuracy": accuracy_table(MODELS), "goals": goal_table(MODELS)}
     found["auto"] = auto_table(MODELS)
     found["draws"] = draws_table([name for name in MODELS if name.endswith("-outliers")])
-    if (RESULTS / "peers.json").exists():
-        found["peers"] = peer_table()
+    for name, made in (("peers", peer_table), ("kernels", kernels_table)):
+        if (RESULTS / f"{name}.json").exists():
+            found[name] = made()
     for name in ("methods", "rotation"):
         if (path := RESULTS / f"{name}.json").exists():
             found[name] = seeds_table(path)

@@ -1,5 +1,6 @@
 """Every kernel against its peers and the machine's limit: python tests/bench_all.py [--json F]
 
+``--write NAME`` keeps the ratios as those of the CPU NAME, for scripts/accuracy_table.py.
 The last lines say how much faster two threads are than one.
 Ratios are peer time / our time in one run (higher is better), minima and medians of rounds; each
 result is checked before it is timed and a wrong one ends the run with status 1. Bars are those of
@@ -10,8 +11,8 @@ Peers that are not installed (onnxruntime) are left out and named.
 import argparse
 import json
 import os
-import platform
 import warnings
+from pathlib import Path
 
 import torch
 
@@ -23,6 +24,7 @@ from fewbit import _C, ops
 from fewbit.linear import PackedLinear
 from fewbit.ops import pack, quantize
 
+STORED = Path(__file__).resolve().parent / "results" / "kernels.json"
 LAYERS = [(4096, 4096), (11008, 4096), (4096, 11008)]  # (out_features, in_features)
 
 
@@ -281,6 +283,40 @@ def solver_results(only):
     return found
 
 
+def ratios(results):
+    """{row: {"bar": least ratio, threads: ratio}} of all results; widths of the Hadamard transform
+    are counted, and of the calls the dearest stands for all."""
+    found, widths, calls = {}, {}, {}
+
+    def put(row, bar, threads, ratio):
+        found.setdefault(row, {"bar": round(bar, 3)})[str(threads)] = round(ratio, 3)
+
+    for r in results:
+        threads = r["threads"]
+        if "of eager" in r:
+            put(f"{r['op']} over eager torch", 1 / r["bar"], threads, 1 / r["of eager"])
+        elif "us_above_torch" in r:
+            calls.setdefault(threads, []).append(r["us_above_torch"])
+        elif r["op"] == "hadamard":
+            for b in r["bars"]:
+                kind = "2^k" if b["bar"] > 0.5 else "m 2^k"
+                widths.setdefault((kind, b["bar"], threads), []).append(b["ratio"] >= b["bar"])
+        else:
+            for b in r["bars"]:
+                bar, ratio, label = b["bar"], b["ratio"], b["against"]
+                if label == "matmul 1024":  # of 1024 rows, which take as many products
+                    rows = int(r["shape"].split()[0][2:]) / 1024
+                    bar, ratio, label = bar * rows, ratio * rows, "the matmul rate"
+                put(f"{r['op']} {r['shape']} over {label}", bar, threads, ratio)
+    for (kind, bar, threads), met in widths.items():
+        row = f"hadamard, share of {len(met)} widths {kind} within {1 / bar:.1f} clones"
+        put(row, 1.0, threads, sum(met) / len(met))
+    for threads, above in calls.items():
+        put(f"5 us over the call of 16x16 above torch's, dearest of {len(above)} operators", 1.0,
+            threads, 5.0 / max(max(above), 0.01))  # fmt: skip
+    return found
+
+
 def print_scaling(results):
     """Time on one thread over time on two; the bar is for ops bound by arithmetic."""
     least = {(r["op"], r["shape"], r["threads"]): r["min_ms"]["ours"]
@@ -317,6 +353,7 @@ def cases(quick):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", help="write the results here too")
+    parser.add_argument("--write", metavar="NAME", help="keep the ratios as those of this CPU")
     parser.add_argument("--threads", default="1,2", help="thread counts, in turn")
     parser.add_argument("--only", default="", help="operators whose name holds this")
     parser.add_argument("--rounds", type=int, default=9)
@@ -345,9 +382,13 @@ def main():
             results += solver_results(a.only)
     print_scaling(results)
     if a.json:
-        machine = {"isa": _C.isa(), "cpu": platform.processor(), "load": os.getloadavg()[0]}
+        machine = {"isa": _C.isa(), "load": os.getloadavg()[0]}
         with open(a.json, "w") as f:
             json.dump({"machine": machine, "results": results}, f, indent=1)
+    if a.write:
+        stored = json.loads(STORED.read_text()) if STORED.exists() else {}
+        stored[a.write] = {"isa": _C.isa(), "rows": ratios(results)}
+        STORED.write_text(json.dumps(stored, indent=1) + "\n")
 
 
 if __name__ == "__main__":

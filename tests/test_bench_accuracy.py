@@ -71,7 +71,27 @@ def test_table_resumes_and_says_what_was_refused(place, monkeypatch, capsys):
     assert shown.endswith((out / "accuracy.md").read_text() + "\n")
     assert "| **" in shown and "| too wide | llm-int8 is w8a8" in shown
     assert (out / "accuracy.png").read_bytes()[:4] == b"\x89PNG"
-    assert not list(out.glob("float_log_probabilities*"))
+    assert not list(out.glob("float_log_probabilities*")) and not list(out.glob(".*"))
+
+
+def test_two_calls_at_a_time_share_the_cells(place, monkeypatch):
+    arguments, sizes = place
+    rows = dict(schemes=["w3a16g128"], methods=["rtn", "mixed 1 %", "gptq"], say=str)
+    measure, measured = accuracy._measure, []
+
+    def and_meanwhile(*a):
+        measured.append(a[2].label)
+        if len(measured) == 1:  # another call, while this one is at its first cell
+            accuracy.run(*arguments, **sizes, **rows)
+        return measure(*a)
+
+    monkeypatch.setattr(accuracy, "_measure", and_meanwhile)
+    result = accuracy.run(*arguments, **sizes, **rows)
+    assert measured == rows["methods"]
+    assert [c["label"] for c in result["cells"]] == rows["methods"]
+    table = (arguments[-1] / "accuracy.md").read_text()
+    assert all(f"| {label} |" in table for label in measured)
+    assert not list(arguments[-1].glob(".*"))
 
 
 def test_another_protocol_is_not_mixed_in(place):

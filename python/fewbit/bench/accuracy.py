@@ -2,17 +2,19 @@
 
 A cell loads the float model afresh, quantises it, and measures perplexity and KL divergence from
 the float model on the same windows, bits per weight, seconds and peak memory. Results are written
-after every cell: a second call with the same protocol goes on where the first one stopped, and
-several may fill one table.
+after every cell: a second call with the same protocol goes on where the first one stopped, and one
+beside it takes the cells that nobody is at, so two calls fill a table on two cores.
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -147,7 +149,7 @@ def run(
                 f"{store} holds results of another protocol ({', '.join(differs)} differ): choose "
                 "another output directory"
             )
-    done = {(c["scheme"], c["label"]) for c in result["cells"]}
+    done = _done(store)
     todo = [(s, m) for s, m in cells if (s, m.label) not in done]
     spool = output / f"float_log_probabilities.{os.getpid()}.f16"
     if todo:
@@ -162,16 +164,53 @@ def run(
         del model
     try:
         for i, (scheme, method) in enumerate(todo):
-            seen = data if method.samples is None else cut(ids, window, method.samples, source)
-            cell = _measure(model_dir, scheme, method, seen, test, reference, batch)
-            result["cells"] = _merged(store, [*result["cells"], cell])
-            _replace(store, json.dumps(result, indent=1) + "\n")
+            with _claimed(output / f".{scheme} {method.label}.claim") as mine:
+                if not mine or (scheme, method.label) in _done(store):
+                    continue
+                seen = data if method.samples is None else cut(ids, window, method.samples, source)
+                cell = _measure(model_dir, scheme, method, seen, test, reference, batch)
+                with _locked(output):
+                    result["cells"] = _merged(store, [*result["cells"], cell])
+                    _replace(store, json.dumps(result, indent=1) + "\n")
             say(f"[{i + 1}/{len(todo)}] {_line(cell)}")
     finally:
         spool.unlink(missing_ok=True)
-    _replace(output / "accuracy.md", markdown(result))
-    plot(result).savefig(output / "accuracy.png", dpi=120)
+    with _locked(output):
+        result["cells"] = _merged(store, result["cells"])
+        _replace(output / "accuracy.md", markdown(result))
+        plot(result).savefig(output / "accuracy.png", dpi=120)
     return result
+
+
+@contextmanager
+def _claimed(path: Path) -> Iterator[bool]:
+    """Whether no other process holds ``path``; the system lets go of what a dead one held."""
+    with path.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        try:
+            yield True
+        finally:  # who has opened it meanwhile gets it, and sees what is stored by then
+            path.unlink(missing_ok=True)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """One process at a time."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _done(store: Path) -> set[tuple[str, str]]:
+    cells = json.loads(store.read_text(encoding="utf-8"))["cells"] if store.exists() else []
+    return {(c["scheme"], c["label"]) for c in cells}
 
 
 def _chosen(
