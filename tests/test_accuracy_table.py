@@ -85,3 +85,33 @@ def test_auto_is_held_against_rows_that_neither_choose_nor_learn_afterwards(tmp_
     (tmp_path / "accuracy" / "m.json").write_text(json.dumps({"cells": cells}))
     made = accuracy_table.auto_table(["m", "n"]).splitlines()[2:]
     assert made == ["| w4a16g128 | 2.000, 0.750 |  |"]
+
+
+def test_what_is_below_its_bar_is_in_italics(tmp_path, monkeypatch):
+    monkeypatch.setattr(accuracy_table, "RESULTS", tmp_path)
+    rows = {"a over b": {"bar": 0.9, "1": 0.9, "2": 0.899}, "c over d": {"bar": 1.0, "2": 3.0}}
+    found = {"X": {"isa": "avx2", "rows": rows}, "Y": {"isa": "avx512", "rows": {}}}
+    (tmp_path / "kernels.json").write_text(json.dumps(found))
+    made = accuracy_table.kernels_table().splitlines()
+    assert made[0] == "| ratio, 1 and 2 threads | bar | X | Y |"
+    assert made[2:] == ["| a over b | 0.9 | 0.90, *0.90* |  |", "| c over d | 1 | 3.00 |  |"]
+
+
+def test_ratios_of_the_kernels_are_those_of_the_cases():
+    import bench_all
+
+    hadamard = {"op": "hadamard", "threads": 2, "shape": "", "bars": [{"bar": 0.4, "ratio": 0.5}]}
+    slow = {**hadamard, "bars": [{"bar": 0.4, "ratio": 0.3}]}
+    case = {"op": "x", "shape": "M=16 4x4", "threads": 1, "bars": [
+        {"against": "copy", "bar": 0.5, "ratio": 0.25},
+        {"against": "matmul 1024", "bar": 0.9 * 64, "ratio": 64.0},
+    ]}  # fmt: skip
+    calls = [{"op": "y", "threads": 1, "us_above_torch": us} for us in (1.0, 10.0)]
+    solver = {"op": "solve", "threads": 1, "of eager": 0.25, "bar": 0.5}
+    assert bench_all.ratios([hadamard, slow, case, *calls, solver]) == {
+        "x M=16 4x4 over copy": {"bar": 0.5, "1": 0.25},
+        "x M=16 4x4 over the matmul rate": {"bar": 0.9, "1": 1.0},
+        "solve over eager torch": {"bar": 2.0, "1": 4.0},
+        "hadamard, share of 2 widths m 2^k within 2.5 clones": {"bar": 1.0, "2": 0.5},
+        "5 us over the call of 16x16 above torch's, dearest of 2 operators": {"bar": 1.0, "1": 0.5},
+    }

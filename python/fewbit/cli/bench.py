@@ -14,7 +14,8 @@ def arguments(parser) -> None:
     add("model", metavar="MODEL_DIR", help="float model directory")
     add("--text", required=True, metavar="FILE", help="UTF-8 text to score")
     add("--calibration", required=True, metavar="FILE", help="another UTF-8 text")
-    add("-o", "--output", required=True, metavar="OUT", help="directory; resumed, and shared with calls beside it")
+    add("-o", "--output", required=True, metavar="OUT",
+        help="directory; resumed, and shared with calls beside it")  # fmt: skip
     add("--schemes", nargs="+", metavar="S", help="columns, e.g. w4a16g128 w4a4")
     add("--methods", nargs="+", metavar="M", help="rows, e.g. rtn awq gptq")
     add("--window", type=int, default=256, metavar="N", help="tokens a window (256)")
