@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -23,9 +24,19 @@ def strict() -> None:
     Newer MKL cuts the sums of some shapes by the number of threads (seen on processors with AMX).
     It reads the mode at its first product in a process and keeps it, and products with one row
     take twice as long in it: the command line asks for it where weights are quantised, and a
-    program of its own may do so by MKL_CBWR=AUTO,STRICT in the environment.
+    program of its own may do so by calling this first. The mode knows Intel's processors; on
+    others each of its settings does the reverse (seen on Zen 4: products in float64 depend on the
+    threads in it, and on none without), so there nothing is asked for.
     """
-    os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
+    if _intel():
+        os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
+
+
+def _intel() -> bool:
+    try:
+        return "GenuineIntel" in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:  # not Linux, where torch has no MKL
+        return False
 
 
 def total(x: Tensor) -> float:

@@ -332,12 +332,14 @@ PRODUCTS = """
 import torch
 from fewbit.reproducible import strict
 strict()
-for m, k, n in (64, 1408, 1408), (64, 2048, 2048), (512, 4096, 1024), (48, 1408, 512):
-    a, b, found = torch.randn(m, k), torch.randn(k, n), []
-    for threads in 1, 2, 3, 4:
-        torch.set_num_threads(threads)
-        found.append(a @ b)
-    assert all(torch.equal(found[0], other) for other in found), (m, k, n)
+shapes = (64, 1408, 1408), (64, 2048, 2048), (512, 4096, 1024), (48, 1408, 512), (96, 512, 1408)
+for dtype in torch.float32, torch.float64:
+    for m, k, n in shapes:
+        a, b, found = torch.randn(m, k, dtype=dtype), torch.randn(k, n, dtype=dtype), []
+        for threads in 1, 2, 3, 4:
+            torch.set_num_threads(threads)
+            found.append(a @ b)
+        assert all(torch.equal(found[0], other) for other in found), (dtype, m, k, n)
 """
 
 
