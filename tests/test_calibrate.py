@@ -6,6 +6,7 @@ import torch
 from fewbit import calibrate
 from fewbit.errors import CalibrationError
 from fewbit.families import decoder_layers, describe
+from fewbit.linearise import linearise
 from tiny import probe, tiny
 
 
@@ -107,3 +108,37 @@ def test_names_the_linear_and_sample_that_is_not_finite():
 def test_refuses_tokens_outside_the_vocabulary():
     with pytest.raises(CalibrationError, match="sample 0 has token 500, the vocabulary 97"):
         layer_stats(tiny("opt"), calibrate.windows([[1, 500]]))
+
+
+@pytest.mark.parametrize("name", ["opt", "llama-gqa", "mixtral", "falcon"])
+def test_a_batch_goes_no_further_than_the_last_input_that_is_wanted(name):
+    model = tiny(name)
+    family = describe(model)
+    undo = linearise(model, family)
+    try:
+        layer = decoder_layers(model, family)[0]
+        data = calibrate.windows(list(probe(5).split(1)))
+        inputs = calibrate.capture(model, family, data)
+        whole, _ = calibrate.collect(layer, family, inputs)
+        runs = dict.fromkeys(family.linears(), 0)
+
+        def count(path):
+            def hook(*_):
+                runs[path] += 1
+
+            return layer.get_submodule(path).register_forward_hook(hook)
+
+        hooks = [count(path) for path in runs]
+        for paths in family.inputs():
+            runs.update(dict.fromkeys(runs, 0))
+            some, outputs = calibrate.collect(layer, family, inputs, only=paths, keep=False)
+            assert outputs is None and set(some) >= set(paths)
+            for path in paths:
+                assert torch.equal(some[path].gram, whole[path].gram)
+                assert torch.equal(some[path].sample, whole[path].sample)
+            if "expert" not in paths[0]:  # the first batch shows what comes; then none gets there
+                assert runs[paths[0]] == 1
+        for hook in hooks:
+            hook.remove()
+    finally:
+        undo()

@@ -8,7 +8,7 @@ add up the statistics of every linear's input. Only real tokens count; padding n
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -287,8 +287,9 @@ def collect(
 
     Linears that read the same norm share one Stats. ``only``: the paths to collect, all by default.
     ``floats``: what the float model feeds this layer; each batch is run through the float layer
-    too, for Stats.cross. ``keep`` False: no outputs, which None stands for. Raises CalibrationError
-    naming the linear and the sample when an activation is not finite.
+    too, for Stats.cross. ``keep`` False: no outputs, which None stands for; once the first batch
+    has shown that every input comes once, a batch goes no further than the last of them. Raises
+    CalibrationError naming the linear and the sample when an activation is not finite.
     """
     taps: dict[str, _Tap] = {}
     shared = {}
@@ -299,6 +300,23 @@ def collect(
             if group[0] not in taps and (only is None or group[0] in only):
                 taps[group[0]] = _Tap(layer, group[0])
     ranks, runs = inputs.store.ranks, inputs.chunks()
+    seen: list[_Tap] = []
+    stops = False
+
+    def heard(tap: _Tap) -> None:
+        seen.append(tap)
+        if stops and len(seen) == len(taps):
+            raise _Enough
+
+    def through(x: LayerInput) -> Tensor | None:
+        seen.clear()
+        try:
+            return forward(layer, x)
+        except _Enough:
+            return None
+
+    for tap in taps.values():
+        tap.heard = heard
 
     def passes() -> Iterator[Tensor]:
         for run in runs:
@@ -309,7 +327,8 @@ def collect(
             for tap in taps.values():
                 tap.finish(ranks)
 
-    def one(i: int) -> Tensor:
+    def one(i: int) -> Tensor | None:
+        nonlocal stops
         x = inputs[i]
         for tap in taps.values():
             tap.mask, tap.first = x.mask, x.first
@@ -317,10 +336,12 @@ def collect(
             for tap in taps.values():
                 tap.floating = True
             with floats.modules(layer):
-                forward(layer, floats.inputs[i])
+                through(floats.inputs[i])
             for tap in taps.values():
                 tap.floating = False
-        hidden = forward(layer, x)
+        hidden = through(x)
+        if i == 0:
+            stops = not keep and len(seen) == len(set(seen)) == len(taps)
         for path, tap in taps.items():
             if not bool(tap.sums.max_abs.isfinite().all()):
                 sample = ranks.own(inputs.total)[i]
@@ -381,6 +402,10 @@ def _experts_around(layer: nn.Module, path: str) -> nn.Module | None:
 SAMPLE = 256  # tokens kept of each linear's input
 
 
+class _Enough(Exception):
+    """Nothing is of use behind the linear whose input has just been seen."""
+
+
 class _Tap:
     """Hangs on a linear and sums its inputs up, run by run of batches.
 
@@ -394,6 +419,7 @@ class _Tap:
         self.mask: Tensor | None = None
         self.first = 0
         self.floating, self.float_input = False, None
+        self.heard: Callable[[_Tap], None] = lambda tap: None
         self.parts: list[_Sums] = []
         self.remove = self.linear.register_forward_pre_hook(self.hook).remove
 
@@ -418,7 +444,11 @@ class _Tap:
             rows = (real.cumsum(0) - 1)[rows[real[rows]]]  # counted among the real tokens
         if self.floating:
             self.float_input = x
-            return
+        else:
+            self.take(x, rows)
+        self.heard(self)
+
+    def take(self, x: Tensor, rows: Tensor) -> None:
         routes_differ = self.experts is not None  # between the models: no pairs of tokens
         self.sums.take(x, self.first + rows, None if routes_differ else self.float_input)
         self.float_input = None
@@ -434,8 +464,8 @@ class _Sums:
         self.max_abs = torch.zeros(k, device=device)
         self.gram = torch.zeros(k, k, dtype=sum_type(k, device), device=device)
         self.cross: Tensor | None = None
-        self.sample: list[tuple[int, Tensor]] = []
-        self.stride = 1
+        # Every stride-th token's input, float32 [at most SAMPLE, k], and the tokens' numbers.
+        self.sample, self.at, self.stride = torch.empty(0, k), torch.empty(0, dtype=torch.int64), 1
 
     def take(self, x: Tensor, at: Tensor, float_input: Tensor | None) -> None:
         """Inputs x [tokens, in_features], which are the calibration's tokens number ``at``;
@@ -448,16 +478,14 @@ class _Sums:
         ops.gram(x, self.gram)
         self.tokens += x.shape[0]
         rows = torch.nonzero(at % self.stride == 0).flatten()
-        # Copies: a view would keep the whole batch in memory.
-        picked = [row.clone() for row in x[rows.to(x.device)].float().cpu()]
-        self.sample += zip(at[rows].tolist(), picked, strict=True)
-        self._thin()
+        self._keep(at[rows], x[rows.to(x.device)].float().cpu())
 
-    def _thin(self) -> None:
-        """Keep every stride-th token, for the least stride, a power of two, that is few enough."""
-        while len(self.sample) > SAMPLE:
+    def _keep(self, at: Tensor, sample: Tensor) -> None:
+        """Also these tokens, for the least stride, a power of two, that makes them few enough."""
+        at, sample = torch.cat([self.at, at]), torch.cat([self.sample, sample])
+        while int((rows := at % self.stride == 0).sum()) > SAMPLE:
             self.stride *= 2
-            self.sample = [(i, row) for i, row in self.sample if i % self.stride == 0]
+        self.at, self.sample = at[rows], sample[rows]
 
     def add(self, other: _Sums) -> _Sums:
         """Take in the sums of the run that follows; returns self."""
@@ -468,14 +496,11 @@ class _Sums:
         if other.cross is not None:
             self.cross = other.cross if self.cross is None else self.cross.add_(other.cross)
         self.stride = max(self.stride, other.stride)
-        self.sample = [(i, x) for i, x in self.sample + other.sample if i % self.stride == 0]
-        self._thin()
+        self._keep(other.at, other.sample)
         return self
 
     def stats(self) -> Stats:
         cross = None if self.cross is None else self.cross.to(self.gram.dtype)
-        sample = None
-        if self.sample:
-            sample = torch.stack([row for _, row in self.sample]).to(self.gram.device)
+        sample = self.sample.to(self.gram.device) if len(self.sample) else None
         sums = self.sum_abs.float()
         return Stats(self.tokens, sums, self.max_abs, self.gram, cross, self.routed, sample)

@@ -193,8 +193,12 @@ def _layer(
         if not transform.needs_stats and not transform.last:
             transform.layer(layer, context)
     if inputs is not None:
-        keep = not recipe.sequential
-        context.stats, outputs = collect(layer, family, inputs, name, floats=floats, keep=keep)
+        keep, only = not recipe.sequential, None
+        if not keep and not any(t.needs_stats for t in recipe.transforms):
+            only = _steps(family, recipe)[0]  # those of later steps are collected when it is time
+        context.stats, outputs = collect(
+            layer, family, inputs, name, only=only, floats=floats, keep=keep
+        )
     for transform in recipe.transforms:
         if transform.needs_stats and not transform.last:
             transform.layer(layer, context)
