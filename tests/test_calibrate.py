@@ -110,7 +110,7 @@ def test_refuses_tokens_outside_the_vocabulary():
         layer_stats(tiny("opt"), calibrate.windows([[1, 500]]))
 
 
-@pytest.mark.parametrize("name", ["opt", "llama-gqa", "mixtral", "falcon"])
+@pytest.mark.parametrize("name", ["opt", "llama-gqa", "mixtral", "falcon-7b"])
 def test_a_batch_goes_no_further_than_the_last_input_that_is_wanted(name):
     model = tiny(name)
     family = describe(model)
