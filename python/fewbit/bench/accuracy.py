@@ -39,6 +39,7 @@ class Method(NamedTuple):
     samples: int | None = None
 
 
+CLAIM = ".claim"
 FIT = {"fit_activations": True}
 FIT_SMOOTH = {**FIT, "alpha": "auto"}
 WEIGHT_ONLY = (
@@ -151,6 +152,8 @@ def run(
             )
     done = _done(store)
     todo = [(s, m) for s, m in cells if (s, m.label) not in done]
+    if list(output.glob(f".*{CLAIM}")):  # beside another call: the longest first, to end with it
+        todo.sort(key=lambda cell: (cell[1].samples is None, "auto" not in cell[1].method))
     spool = output / f"float_log_probabilities.{os.getpid()}.f16"
     if todo:
         model = load_float(model_dir)
@@ -164,7 +167,7 @@ def run(
         del model
     try:
         for i, (scheme, method) in enumerate(todo):
-            with _claimed(output / f".{scheme} {method.label}.claim") as mine:
+            with _claimed(output / f".{scheme} {method.label}{CLAIM}") as mine:
                 if not mine or (scheme, method.label) in _done(store):
                     continue
                 seen = data if method.samples is None else cut(ids, window, method.samples, source)
