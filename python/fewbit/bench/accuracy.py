@@ -89,7 +89,7 @@ FOUR_BIT_ACTIVATIONS = (
     *ROTATED,
 )
 TABLE: dict[str, tuple[Method, ...]] = {
-    "w4a16g128": WEIGHT_ONLY,
+    "w4a16g128": (*WEIGHT_ONLY, Method("qronos+tune 512", "qronos+tune", samples=512)),
     "w3a16g128": WEIGHT_ONLY,
     "w2a16g64": WEIGHT_ONLY,
     "w8a8": EIGHT_BIT_ACTIVATIONS,
