@@ -1,5 +1,8 @@
 """Calibration input in all its forms; statistics that padding and batching do not change."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 
@@ -142,3 +145,16 @@ def test_a_batch_goes_no_further_than_the_last_input_that_is_wanted(name):
             hook.remove()
     finally:
         undo()
+
+
+def test_sums_go_with_the_statistics_that_are_made_of_them():
+    model = tiny("llama-gqa")
+    gc.collect()
+    gc.disable()  # no help from the collector of cycles
+    try:
+        stats = layer_stats(model, calibrate.windows(probe(2)))
+        sums = [weakref.ref(s.gram) for s in stats.values()]
+        del stats
+        assert all(ref() is None for ref in sums)
+    finally:
+        gc.enable()

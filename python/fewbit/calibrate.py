@@ -360,6 +360,7 @@ def collect(
     finally:
         for tap in taps.values():
             tap.remove()
+            del tap.heard  # it refers to the taps, and a cycle would keep their sums
     made = {path: ranks.fold(tap.parts, _Sums.add).stats() for path, tap in taps.items()}
     return {path: made[first] for path, first in shared.items() if first in made}, outputs
 
