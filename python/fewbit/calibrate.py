@@ -8,7 +8,7 @@ add up the statistics of every linear's input. Only real tokens count; padding n
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -183,8 +183,8 @@ def _token_windows(items: Sequence) -> Windows:
 # ---- one layer at a time -------------------------------------------------------------------------
 
 
-class _Captured(Exception):
-    pass
+class _Enough(Exception):
+    """Nothing behind this place is of use: a forward pass ends here."""
 
 
 class _Catcher(nn.Module):
@@ -204,7 +204,7 @@ class _Catcher(nn.Module):
     def forward(self, hidden, *args, **kwargs):
         self.call = (hidden, args, kwargs)
         if self.last:
-            raise _Captured
+            raise _Enough
         return hidden
 
 
@@ -233,7 +233,7 @@ def capture(
             extra = {} if mask is None else {"attention_mask": mask.long().to(device)}
             try:
                 model(input_ids=ids.to(device), use_cache=False, **extra)
-            except _Captured:
+            except _Enough:
                 hidden, args, kwargs = catchers[0].call
                 others = {}
                 if len(first) > 1:
@@ -292,31 +292,15 @@ def collect(
     CalibrationError naming the linear and the sample when an activation is not finite.
     """
     taps: dict[str, _Tap] = {}
-    shared = {}
+    shared, way = {}, _Pass()
     for sub in family.sublayers:
         for group in (sub.reads, (sub.writes,)):
             for path in group:
                 shared[path] = group[0]
             if group[0] not in taps and (only is None or group[0] in only):
-                taps[group[0]] = _Tap(layer, group[0])
+                taps[group[0]] = _Tap(layer, group[0], way)
     ranks, runs = inputs.store.ranks, inputs.chunks()
-    seen: list[_Tap] = []
-    stops = False
-
-    def heard(tap: _Tap) -> None:
-        seen.append(tap)
-        if stops and len(seen) == len(taps):
-            raise _Enough
-
-    def through(x: LayerInput) -> Tensor | None:
-        seen.clear()
-        try:
-            return forward(layer, x)
-        except _Enough:
-            return None
-
-    for tap in taps.values():
-        tap.heard = heard
+    way.wanted = len(taps)
 
     def passes() -> Iterator[Tensor]:
         for run in runs:
@@ -328,7 +312,6 @@ def collect(
                 tap.finish(ranks)
 
     def one(i: int) -> Tensor | None:
-        nonlocal stops
         x = inputs[i]
         for tap in taps.values():
             tap.mask, tap.first = x.mask, x.first
@@ -336,12 +319,12 @@ def collect(
             for tap in taps.values():
                 tap.floating = True
             with floats.modules(layer):
-                through(floats.inputs[i])
+                way.run(layer, floats.inputs[i])
             for tap in taps.values():
                 tap.floating = False
-        hidden = through(x)
+        hidden = way.run(layer, x)
         if i == 0:
-            stops = not keep and len(seen) == len(set(seen)) == len(taps)
+            way.ends = not keep and sorted(way.seen) == sorted(taps)
         for path, tap in taps.items():
             if not bool(tap.sums.max_abs.isfinite().all()):
                 sample = ranks.own(inputs.total)[i]
@@ -360,7 +343,6 @@ def collect(
     finally:
         for tap in taps.values():
             tap.remove()
-            del tap.heard  # it refers to the taps, and a cycle would keep their sums
     made = {path: ranks.fold(tap.parts, _Sums.add).stats() for path, tap in taps.items()}
     return {path: made[first] for path, first in shared.items() if first in made}, outputs
 
@@ -403,8 +385,25 @@ def _experts_around(layer: nn.Module, path: str) -> nn.Module | None:
 SAMPLE = 256  # tokens kept of each linear's input
 
 
-class _Enough(Exception):
-    """Nothing is of use behind the linear whose input has just been seen."""
+class _Pass:
+    """A batch's way through a layer, which ``ends`` at the last of ``wanted`` inputs or not;
+    ``seen``: the paths of the linears whose inputs came by."""
+
+    def __init__(self) -> None:
+        self.seen: list[str] = []
+        self.wanted, self.ends = 0, False
+
+    def run(self, layer: nn.Module, x: LayerInput) -> Tensor | None:
+        self.seen.clear()
+        try:
+            return forward(layer, x)
+        except _Enough:
+            return None
+
+    def see(self, path: str) -> None:
+        self.seen.append(path)
+        if self.ends and len(self.seen) == self.wanted:
+            raise _Enough
 
 
 class _Tap:
@@ -414,13 +413,12 @@ class _Tap:
     ``floating`` the inputs are those of the float model.
     """
 
-    def __init__(self, layer: nn.Module, path: str) -> None:
-        self.linear = layer.get_submodule(path)
+    def __init__(self, layer: nn.Module, path: str, way: _Pass) -> None:
+        self.linear, self.path, self.way = layer.get_submodule(path), path, way
         self.experts = _experts_around(layer, path)  # knows the rows of an expert's tokens
         self.mask: Tensor | None = None
         self.first = 0
         self.floating, self.float_input = False, None
-        self.heard: Callable[[_Tap], None] = lambda tap: None
         self.parts: list[_Sums] = []
         self.remove = self.linear.register_forward_pre_hook(self.hook).remove
 
@@ -447,7 +445,7 @@ class _Tap:
             self.float_input = x
         else:
             self.take(x, rows)
-        self.heard(self)
+        self.way.see(self.path)
 
     def take(self, x: Tensor, rows: Tensor) -> None:
         routes_differ = self.experts is not None  # between the models: no pairs of tokens

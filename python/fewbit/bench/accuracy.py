@@ -212,8 +212,11 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def _done(store: Path) -> set[tuple[str, str]]:
-    cells = json.loads(store.read_text(encoding="utf-8"))["cells"] if store.exists() else []
-    return {(c["scheme"], c["label"]) for c in cells}
+    return {(c["scheme"], c["label"]) for c in _stored(store)}
+
+
+def _stored(store: Path) -> list[dict]:
+    return json.loads(store.read_text(encoding="utf-8"))["cells"] if store.exists() else []
 
 
 def _chosen(
@@ -272,8 +275,7 @@ def _digest_of(model_dir) -> str:
 
 def _merged(store: Path, cells: list[dict]) -> list[dict]:
     """The cells in the order of TABLE, with those that another process has stored meanwhile."""
-    stored = json.loads(store.read_text(encoding="utf-8"))["cells"] if store.exists() else []
-    known = {(c["scheme"], c["label"]): c for c in (*stored, *cells)}
+    known = {(c["scheme"], c["label"]): c for c in (*_stored(store), *cells)}
     rows = [(scheme, method.label) for scheme, methods in TABLE.items() for method in methods]
     order = {row: i for i, row in enumerate(rows)}
     return [known[key] for key in sorted(known, key=lambda key: order.get(key, len(order)))]
