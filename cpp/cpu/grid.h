@@ -66,27 +66,15 @@ FEWBIT_INLINE F32 code(F32 w, const StepLanes& g) {
   return min(max(round_quotient(w, g.s, g.inverse) + g.z, F32::zero()), g.qmax);
 }
 
-// The codes of n weights of one group. Added to 1.5 2^23 + z, a float has no room but for a whole
-// number, the code, in its low bits: one multiply-add rounds w inverse + z. `far` is how far the
-// product was from what it became. It is within 2^-23 (qmax + 1) of the quotient that a code can
-// depend on, so where no weight is that close to the middle of two codes, all are those of w / s.
+// The codes of n weights of one group.
 template <class T>
 FEWBIT_INLINE void codes(const T* w, int64_t n, const Step& g, const StepLanes& lanes, uint8_t* q) {
-  int64_t i = 0;
-  bool done = false;
-  if constexpr (F32::width > 1) {
-    const F32 zero = F32::set(0x1.8p23f), shift = zero + lanes.z, top = zero + lanes.qmax;
-    F32 far = F32::zero();
-    for (; i + F32::width <= n; i += F32::width) {
-      const F32 v = F32::load(w + i), code = fma(v, lanes.inverse, shift);
-      far = max(far, abs(fma(v, lanes.inverse, shift - code)));
-      min(max(code, zero), top).store_low_byte(q + i);
-    }
-    done = all_less(far, F32::set(0.5f - 0x1p-22f * (g.qmax + 1.0f)));
-  }
-  if (!done)
-    for (i = 0; i + F32::width <= n; i += F32::width) code(F32::load(w + i), lanes).store(q + i);
-  for (; i < n; ++i) q[i] = uint8_t(code(to_float(w[i]), g));
+  const int64_t whole = n / F32::width * F32::width;
+  const auto load = [&](int64_t i) { return F32::load(w + i); };
+  if (F32::width == 1 || !codes_by_inverse(whole, load, lanes.inverse, lanes.z, F32::zero(),
+                                           lanes.qmax, g.qmax + 1.0f, q))
+    for (int64_t i = 0; i < whole; i += F32::width) code(load(i), lanes).store(q + i);
+  for (int64_t i = whole; i < n; ++i) q[i] = uint8_t(code(to_float(w[i]), g));
 }
 
 }  // namespace fewbit::cpu::FEWBIT_ISA

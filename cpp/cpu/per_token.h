@@ -35,10 +35,7 @@ FEWBIT_INLINE TokenStep fit_token(const T* x, const uint8_t* skip, int64_t n, To
   return token_step(low, high, bad == 0.0f, grid);
 }
 
-// The codes of n columns. Added to 1.5 2^23 + z, a float has no room but for a whole number, the
-// code, in its low bits: one multiply-add rounds x inverse + z. `far` is how far the product was
-// from what it became; a quotient that a code can depend on is within 2^-23 `reach` of it, so where
-// no column of a piece is that close to the middle of two codes, all are those of x / s.
+// The codes of n columns, in pieces: one that holds a middle of two codes is divided by s.
 template <class T>
 FEWBIT_INLINE void quantize_token(const T* x, const uint8_t* skip, int64_t n, TokenStep step,
                                   TokenGrid grid, int8_t* q) {
@@ -46,26 +43,21 @@ FEWBIT_INLINE void quantize_token(const T* x, const uint8_t* skip, int64_t n, To
   const float reach = step.z == 0.0f ? grid.top() + 2.0f : 256.0f;
   const F32 s = F32::set(step.s), z = F32::set(step.z), inverse = F32::set(inverse_of(step.s));
   const F32 low = F32::set(grid.least()), high = F32::set(grid.top());
-  const F32 zero = F32::set(0x1.8p23f), shift = zero + z, least = zero + low, top = zero + high;
-  const auto load = [&](int64_t i) {
-    const F32 v = F32::load(x + i);
-    return skip ? v * (F32::set(1.0f) - F32::load(skip + i)) : v;
-  };
+  const int64_t whole = n / F32::width * F32::width;
   int64_t i = 0;
-  while (i + F32::width <= n) {
-    const int64_t first = i, end = n - i < piece ? n - F32::width : i + piece - F32::width;
-    F32 far = F32::zero();
-    for (; i <= end; i += F32::width) {
-      const F32 v = load(i), code = fma(v, inverse, shift);
-      ask_ahead(x + n + i);  // the next row: its first 8 KiB were asked for
-      far = max(far, abs(fma(v, inverse, shift - code)));
-      min(max(code, least), top).store_low_byte(reinterpret_cast<uint8_t*>(q + i));
-    }
-    if (F32::width > 1 && all_less(far, F32::set(0.5f - 0x1p-22f * reach))) continue;
-    for (int64_t j = first; j < i; j += F32::width)
-      min(max(round(load(j) / s) + z, low), high).store(q + j);
+  for (; i < whole; i += piece) {
+    const int64_t count = whole - i < piece ? whole - i : piece;
+    const auto load = [&](int64_t k) {
+      const F32 v = F32::load(x + i + k);
+      ask_ahead(x + n + i + k);  // the next row: its first 8 KiB were asked for
+      return skip ? v * (F32::set(1.0f) - F32::load(skip + i + k)) : v;
+    };
+    uint8_t* to = reinterpret_cast<uint8_t*>(q + i);
+    if (F32::width == 1 || !codes_by_inverse(count, load, inverse, z, low, high, reach, to))
+      for (int64_t k = 0; k < count; k += F32::width)
+        min(max(round(load(k) / s) + z, low), high).store(q + i + k);
   }
-  for (; i < n; ++i) {
+  for (i = whole; i < n; ++i) {
     const float v = skip && skip[i] ? to_float(x[i]) * 0.0f : to_float(x[i]);
     q[i] = token_code(v, step, grid);
   }

@@ -675,6 +675,24 @@ FEWBIT_INLINE F32 round_quotient(F32 v, F32 s, F32 inverse) {
   return __builtin_expect(all_less(middle, F32::set(0.5f)), 1) ? whole : round(v / s);
 }
 
+// Low bytes of the codes clamp(round(x / s) + z, low, high) of n numbers, whole vectors, that
+// load(i) gives; whether they are all right. Added to 1.5 2^23 + z, a float has no room but for a
+// whole number, the code, in its low bits: one multiply-add rounds x inverse + z. `far` is how far
+// the product was from what it became. It is within 2^-23 `reach` of the quotient that a code can
+// depend on, so where no number is that close to the middle of two codes, all are those of x / s.
+template <class Load>
+FEWBIT_INLINE bool codes_by_inverse(int64_t n, const Load& load, F32 inverse, F32 z, F32 low,
+                                    F32 high, float reach, uint8_t* q) {
+  const F32 zero = F32::set(0x1.8p23f), shift = zero + z, least = zero + low, top = zero + high;
+  F32 far = F32::zero();
+  for (int64_t i = 0; i < n; i += F32::width) {
+    const F32 v = load(i), code = fma(v, inverse, shift);
+    far = max(far, abs(fma(v, inverse, shift - code)));
+    min(max(code, least), top).store_low_byte(q + i);
+  }
+  return all_less(far, F32::set(0.5f - 0x1p-22f * reach));
+}
+
 // element<T*> is T: the type behind the tag that with_type passes.
 template <class T>
 struct Pointee;
