@@ -21,7 +21,8 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 @contextmanager
 def prompt(message: Callable[[], str], code: int) -> Iterator[None]:
     """SIGINT and SIGTERM raise KeyboardInterrupt inside the block, or end the process with ``code``
-    after ``message``. Does nothing outside the main thread, which alone gets signals.
+    after ``message``; so does an error that follows one, since foreign code may turn the exception
+    into its own. Does nothing outside the main thread, which alone gets signals.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -29,21 +30,27 @@ def prompt(message: Callable[[], str], code: int) -> Iterator[None]:
     read, write = os.pipe()
     os.set_blocking(write, False)
     old_wakeup = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
-    old = {number: signal.signal(number, _raise) for number in SIGNALS}
+    came = []
+
+    def stop(number, frame) -> None:
+        came.append(number)
+        raise KeyboardInterrupt
+
+    old = {number: signal.signal(number, stop) for number in SIGNALS}
     over = threading.Event()
     threading.Thread(target=_watch, args=(read, over, message, code), daemon=True).start()
     try:
         yield
+    except Exception as error:
+        if came:
+            raise KeyboardInterrupt from error
+        raise
     finally:
         over.set()
         for number, handler in old.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(old_wakeup)
         os.close(write)  # the watcher reads the end and closes its side
-
-
-def _raise(number, frame) -> None:
-    raise KeyboardInterrupt
 
 
 def _watch(read: int, over: threading.Event, message: Callable[[], str], code: int) -> None:

@@ -13,7 +13,7 @@ import torch
 from sweep import METHODS, digest, quantize
 from test_numbers import wide
 
-from fewbit import _C, ops
+from fewbit import _C, interrupt, ops
 from tiny import TWINS, tiny
 
 HERE = Path(__file__).parent
@@ -279,6 +279,18 @@ def test_f12_a_second_ctrl_c_ends_the_process_at_once():
         run.send_signal(signal.SIGINT)
         assert run.wait(5) == 3 and time.monotonic() - sent < 0.5
         assert run.stderr.read() == "stopped twice\n"
+
+
+def test_f12_ctrl_c_that_foreign_code_turned_into_its_own_error():
+    """torch's reading of a shape does: "could not determine the shape of object type ..."."""
+    with pytest.raises(KeyboardInterrupt) as raised, interrupt.prompt(lambda: "stopped", 3):
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            raise ValueError("could not determine the shape") from None
+    assert str(raised.value.__cause__) == "could not determine the shape"
+    with pytest.raises(ValueError, match="its own"), interrupt.prompt(lambda: "stopped", 3):
+        raise ValueError("its own")
 
 
 def test_f12_ctrl_c_ends_a_run_that_resumes_to_the_same_bytes():
