@@ -16,10 +16,11 @@ struct Ahead {
   const char* at;
   const char* end;
   int passes;
+  bool near;  // to the first-level cache, not the second
   int owed = 0;
   FEWBIT_INLINE_MEMBER void step(int lines) {
     for (owed += lines; owed >= passes && at < end; owed -= passes, at += line)
-      __builtin_prefetch(at);
+      near ? __builtin_prefetch(at) : __builtin_prefetch(at, 0, 2);
   }
 };
 
@@ -199,6 +200,23 @@ FEWBIT_INLINE void tabulate(const F32 (&x)[4], float* table, int64_t stride) {
   for (int p = 0; p < 16; ++p) (low[p & 3] + high[p >> 2]).store(table + p * stride);
 }
 
+template <int n>
+struct Block {
+  static constexpr int count = n;
+};
+
+// Calls run(block, first) for all of `order` outputs, `most` at a time and the rest one by one: a
+// count known to the compiler keeps the sums in registers.
+template <int most, class F>
+FEWBIT_INLINE void in_blocks(int64_t order, const F& run) {
+  int64_t o = 0;
+  for (; o + most <= order; o += most) run(Block<most>{}, o);
+  for (; o < order; ++o) run(Block<1>{}, o);
+}
+
+// Lanes of tables, 16 rows each, that stay in L1: 28 of the 32 KiB that the smallest one has.
+constexpr int64_t near_lanes = 448;
+
 // y = B^T z for `columns` columns of z, rows `from` apart, B given by its sign patterns; y, rows
 // `to` apart, may be z.
 template <int columns, bool paired, class T>
@@ -207,7 +225,7 @@ static void by_patterns(const HadamardBase& base, const float* z, int64_t from, 
   constexpr int lanes = paired ? 2 * columns : columns;  // sums of pairs, then differences
   constexpr int side = columns / F32::width, vectors = lanes / F32::width;
   constexpr int outputs = vectors >= 8 ? 1 : 8 / vectors;  // so that 8 sums are under way
-  constexpr int64_t most = 640 / lanes;                    // bundles whose tables stay in L1
+  constexpr int64_t most = near_lanes / lanes;             // bundles whose tables stay in L1
   const int64_t order = base.order(), bundles = base.bundles();
   const int64_t steps = (bundles + most - 1) / most, chunk = (bundles + steps - 1) / steps;
   alignas(64) float tables[most * 16 * lanes];
@@ -232,25 +250,27 @@ static void by_patterns(const HadamardBase& base, const float* z, int64_t from, 
         if constexpr (paired) tabulate(difference, table + columns, lanes);
       }
     const bool start = g0 == 0, end = g0 + count == bundles;
-    for (int64_t o = 0; o < order; o += outputs) {
-      const int64_t here = order - o < outputs ? order - o : outputs;
+    in_blocks<outputs>(order, [&](auto block, int64_t o) {
+      constexpr int here = block.count;
       const uint8_t* pattern = base.patterns + g0 * order + o;
-      F32 sum[outputs][vectors];
-      for (int i = 0; i < outputs; ++i)
+      F32 sum[here][vectors];
+#pragma GCC unroll 8
+      for (int i = 0; i < here; ++i)
+#pragma GCC unroll 8
         for (int v = 0; v < vectors; ++v)
-          sum[i][v] =
-              start || i >= here ? F32::zero() : F32::load(sums + (o + i) * lanes + v * F32::width);
+          sum[i][v] = start ? F32::zero() : F32::load(sums + (o + i) * lanes + v * F32::width);
       for (int64_t g = 0; g < count; ++g, pattern += order)
 #pragma GCC unroll 8
-        for (int i = 0; i < outputs; ++i) {
-          const int64_t p = pattern[i < here ? i : 0];
-          const float* entry = tables + (g * 16 + p) * lanes;
+        for (int i = 0; i < here; ++i) {
+          const float* entry = tables + (g * 16 + pattern[i]) * lanes;
 #pragma GCC unroll 8
           for (int v = 0; v < vectors; ++v)
             sum[i][v] = sum[i][v] + F32::load(entry + v * F32::width);
         }
-      if (end) ahead.step(outputs * lanes / 16);
+      if (end) ahead.step(here * lanes / 16);
+#pragma GCC unroll 8
       for (int i = 0; i < here; ++i)
+#pragma GCC unroll 8
         for (int v = 0; v < vectors; ++v) {
           if (!end) {
             sum[i][v].store(sums + (o + i) * lanes + v * F32::width);
@@ -265,7 +285,7 @@ static void by_patterns(const HadamardBase& base, const float* z, int64_t from, 
             finish.put(fma(first, minus, sum[i][v + side]), at + to);
           }
         }
-    }
+    });
   }
 }
 
@@ -276,25 +296,27 @@ static void by_products(const HadamardBase& base, const float* z, int64_t from, 
   constexpr int vectors = columns / F32::width;
   constexpr int outputs = vectors >= 8 ? 1 : vectors == 4 ? 4 : 8 / vectors;
   const int64_t m = base.m;
-  for (int64_t o = 0; o < m; o += outputs) {
-    const int64_t here = m - o < outputs ? m - o : outputs;
-    F32 sum[outputs][vectors];
-    for (int i = 0; i < outputs; ++i)
+  in_blocks<outputs>(m, [&](auto block, int64_t o) {
+    constexpr int here = block.count;
+    F32 sum[here][vectors];
+    for (int i = 0; i < here; ++i)
       for (int v = 0; v < vectors; ++v) sum[i][v] = F32::zero();
     for (int64_t r = 0; r < m; ++r) {
       F32 x[vectors];
       for (int v = 0; v < vectors; ++v) x[v] = F32::load(z + r * from + v * F32::width);
 #pragma GCC unroll 8
-      for (int i = 0; i < outputs; ++i) {
-        const F32 b = F32::set(base.products[r * m + o + (i < here ? i : 0)]);
+      for (int i = 0; i < here; ++i) {
+        const F32 b = F32::set(base.products[r * m + o + i]);
 #pragma GCC unroll 8
         for (int v = 0; v < vectors; ++v) sum[i][v] = fma(x[v], b, sum[i][v]);
       }
     }
-    ahead.step(outputs * columns / 16);
+    ahead.step(here * columns / 16);
+#pragma GCC unroll 8
     for (int i = 0; i < here; ++i)
+#pragma GCC unroll 8
       for (int v = 0; v < vectors; ++v) finish.put(sum[i][v], y + (o + i) * to + v * F32::width);
-  }
+  });
 }
 
 // The same through sums and differences of mirrored rows.
@@ -315,11 +337,11 @@ static void by_halves(const HadamardBase& base, const float* z, int64_t from, T*
       (a + b).store(folded[0][i] + v * F32::width);
       (a - b).store(folded[1][i] + v * F32::width);
     }
-  for (int64_t o = 0; o < half; o += outputs) {
-    const int64_t here = half - o < outputs ? half - o : outputs;
-    F32 sum[2][outputs][vectors];
+  in_blocks<outputs>(half, [&](auto block, int64_t o) {
+    constexpr int here = block.count;
+    F32 sum[2][here][vectors];
     for (int s = 0; s < 2; ++s)
-      for (int i = 0; i < outputs; ++i)
+      for (int i = 0; i < here; ++i)
         for (int v = 0; v < vectors; ++v) sum[s][i][v] = F32::zero();
     for (int64_t r = 0; r < half; ++r)
 #pragma GCC unroll 2
@@ -328,20 +350,22 @@ static void by_halves(const HadamardBase& base, const float* z, int64_t from, T*
         F32 x[vectors];
         for (int v = 0; v < vectors; ++v) x[v] = F32::load(folded[s][r] + v * F32::width);
 #pragma GCC unroll 8
-        for (int i = 0; i < outputs; ++i) {
-          const F32 factor = F32::set(b[i < here ? i : 0]);
+        for (int i = 0; i < here; ++i) {
+          const F32 factor = F32::set(b[i]);
 #pragma GCC unroll 8
           for (int v = 0; v < vectors; ++v) sum[s][i][v] = fma(x[v], factor, sum[s][i][v]);
         }
       }
-    ahead.step(2 * outputs * columns / 16);
+    ahead.step(2 * here * columns / 16);
+#pragma GCC unroll 8
     for (int i = 0; i < here; ++i)
+#pragma GCC unroll 8
       for (int v = 0; v < vectors; ++v) {
         const F32 even = sum[0][i][v], odd = sum[1][i][v];
         finish.put(even + odd, y + (o + i) * to + v * F32::width);
         if (o + i > 0) finish.put(even - odd, y + (m - o - i) * to + v * F32::width);
       }
-  }
+  });
 }
 
 // The same with the outputs of one column across the lanes, for columns that lie apart.
@@ -378,7 +402,7 @@ static void side_by_side(const HadamardBase& base, const float* z, int64_t inner
     };
     const int64_t left = inner - c;
     // Wide tables where all of them stay in L1: a pattern is read once for more columns.
-    const int wide = base.bundles() <= 8 ? 64 : 32;
+    const int wide = base.bundles() <= near_lanes / 64 ? 64 : 32;
     constexpr int broad = F32::width == 16 ? 64 : few;  // as the registers allow
     if (base.halves && base.m <= most_folded<broad> && left >= broad)
       step(by_halves<broad, T>, broad);
@@ -460,7 +484,7 @@ static void rows(const Hadamard& a, int64_t begin, int64_t end) {
     const T* x = static_cast<const T*>(a.x) + r * a.width;
     T* y = static_cast<T*>(a.y) + r * a.width;
     Ahead ahead{(const char*)(x + a.width), (const char*)(x + (r + 1 < end ? 2 : 1) * a.width),
-                passes};
+                passes, a.width <= block / 2};
     const Source<T> in{x, a.signs};
     if (a.k < lane_stages) {
       if (a.k == 0)
