@@ -5,7 +5,7 @@
 namespace fewbit::cpu::FEWBIT_ISA {
 
 // Tokens whose values of one channel are added before its sums are stored again.
-constexpr int64_t depth = 4;
+constexpr int64_t depth = 8;
 
 template <class T>
 static void channels(const ActStats& a, int64_t first, int64_t last) {
@@ -20,10 +20,9 @@ static void channels(const ActStats& a, int64_t first, int64_t last) {
       F32 top = F32::load(a.max_abs + i);
       for (int64_t t = t0; t < t1; ++t) {
         const F32 v = abs(F32::load(x + t * a.channels + i));
-        __builtin_prefetch(x + (t + depth) * a.channels + i);  // rows may be pages apart
-        float lanes[F32::width];
-        v.store(lanes);
-        for (int h = 0; h < halves; ++h) sum[h] = sum[h] + F64::load(lanes + h * F64::width);
+        ask_later(x + (t + depth) * a.channels + i);  // rows may be pages apart
+        sum[0] = sum[0] + widened<0>(v);
+        if constexpr (halves > 1) sum[1] = sum[1] + widened<1>(v);
         top = max(top, v);
       }
       for (int h = 0; h < halves; ++h) sum[h].store(a.sum_abs + i + h * F64::width);
@@ -42,12 +41,9 @@ static void channels(const ActStats& a, int64_t first, int64_t last) {
 }
 
 void kernel(const ActStats& a, int64_t begin, int64_t end) {
-  for (int64_t b = begin; b < end; ++b) {
-    const int64_t first = b * ActStats::block;
-    const int64_t end_of = first + ActStats::block;
-    const int64_t last = end_of < a.channels ? end_of : a.channels;
-    with_type(a.dtype, [&](auto* t) { channels<element<decltype(t)>>(a, first, last); });
-  }
+  const int64_t first = begin * ActStats::block, end_of = end * ActStats::block;
+  const int64_t last = end_of < a.channels ? end_of : a.channels;
+  with_type(a.dtype, [&](auto* t) { channels<element<decltype(t)>>(a, first, last); });
 }
 
 }  // namespace fewbit::cpu::FEWBIT_ISA

@@ -20,7 +20,7 @@ struct Ahead {
   int owed = 0;
   FEWBIT_INLINE_MEMBER void step(int lines) {
     for (owed += lines; owed >= passes && at < end; owed -= passes, at += line)
-      near ? __builtin_prefetch(at) : __builtin_prefetch(at, 0, 2);
+      near ? __builtin_prefetch(at) : ask_later(at);
   }
 };
 

@@ -5,17 +5,50 @@
 
 namespace fewbit::cpu::FEWBIT_ISA {
 
-// Range of a row that always holds 0; `finite` is false where it holds a NaN or an infinity.
+// Column i of a row, or a vector of them: marked ones count as 0, unless not finite.
 template <class T>
-FEWBIT_INLINE TokenStep fit_token(const T* x, const uint8_t* skip, int64_t n, TokenGrid grid) {
-  constexpr int chains = 2;  // hide the latency
+FEWBIT_INLINE F32 columns_of(const T* x, const uint8_t* skip, int64_t i) {
+  const F32 v = F32::load(x + i);
+  return skip ? v * (F32::set(1.0f) - F32::load(skip + i)) : v;
+}
+template <class T>
+FEWBIT_INLINE float column_of(const T* x, const uint8_t* skip, int64_t i) {
+  return skip && skip[i] ? to_float(x[i]) * 0.0f : to_float(x[i]);
+}
+
+constexpr int chains = 2;  // hide the latency
+
+template <class T>
+FEWBIT_INLINE TokenStep fit_symmetric(const T* x, const uint8_t* skip, int64_t n, TokenGrid grid) {
+  F32 top[chains];
+  for (int c = 0; c < chains; ++c) top[c] = F32::zero();
+  const auto add = [&](int64_t i, int c) {
+    ask_ahead(x + i);
+    top[c] = max_abs(top[c], columns_of(x, skip, i));
+  };
+  int64_t i = 0;
+  for (; i + chains * F32::width <= n; i += chains * F32::width)
+    for (int c = 0; c < chains; ++c) add(i + c * F32::width, c);
+  for (; i + F32::width <= n; i += F32::width) add(i, 0);
+  uint32_t most = 0;
+  for (int j = 0; j < F32::width; ++j) {
+    const uint32_t bits = bits_of(lane(max_abs(top[0], top[1]), j));
+    most = bits > most ? bits : most;
+  }
+  for (; i < n; ++i) {
+    const uint32_t bits = bits_of(abs_of(column_of(x, skip, i)));
+    most = bits > most ? bits : most;
+  }
+  return token_step(0.0f, float_of(most), most < bits_of(__builtin_inff()), grid);
+}
+
+template <class T>
+FEWBIT_INLINE TokenStep fit_range(const T* x, const uint8_t* skip, int64_t n, TokenGrid grid) {
   F32 lo[chains], hi[chains], poison[chains];
   for (int c = 0; c < chains; ++c) lo[c] = hi[c] = poison[c] = F32::zero();
   const auto add = [&](int64_t i, int c) {
-    F32 v = F32::load(x + i);
+    const F32 v = columns_of(x, skip, i);
     ask_ahead(x + i);
-    // Codes 0 or 1 as a factor: marked columns leave the range alone, unless not finite.
-    if (skip) v = v * (F32::set(1.0f) - F32::load(skip + i));
     lo[c] = min(v, lo[c]);
     hi[c] = max(v, hi[c]);
     poison[c] = fma(v, F32::zero(), poison[c]);
@@ -27,7 +60,7 @@ FEWBIT_INLINE TokenStep fit_token(const T* x, const uint8_t* skip, int64_t n, To
   float low = reduce_min(min(lo[0], lo[1])), high = reduce_max(max(hi[0], hi[1])), bad = 0.0f;
   for (int j = 0; j < F32::width; ++j) bad += lane(poison[0] + poison[1], j);
   for (; i < n; ++i) {
-    const float v = skip && skip[i] ? to_float(x[i]) * 0.0f : to_float(x[i]);
+    const float v = column_of(x, skip, i);
     low = v < low ? v : low;
     high = v > high ? v : high;
     bad += v * 0.0f;
@@ -35,9 +68,14 @@ FEWBIT_INLINE TokenStep fit_token(const T* x, const uint8_t* skip, int64_t n, To
   return token_step(low, high, bad == 0.0f, grid);
 }
 
-// The codes of n columns, in pieces: one that holds a middle of two codes is divided by s.
 template <class T>
-FEWBIT_INLINE void quantize_token(const T* x, const uint8_t* skip, int64_t n, TokenStep step,
+FEWBIT_INLINE TokenStep fit_token(const T* x, const uint8_t* skip, int64_t n, TokenGrid grid) {
+  return grid.symmetric ? fit_symmetric(x, skip, n, grid) : fit_range(x, skip, n, grid);
+}
+
+// The codes of n columns, in pieces: one that holds a middle of two codes is divided by s.
+template <bool clamped, class T>
+FEWBIT_INLINE void codes_of_token(const T* x, const uint8_t* skip, int64_t n, TokenStep step,
                                   TokenGrid grid, int8_t* q) {
   constexpr int64_t piece = 256;
   const float reach = step.z == 0.0f ? grid.top() + 2.0f : 256.0f;
@@ -48,19 +86,27 @@ FEWBIT_INLINE void quantize_token(const T* x, const uint8_t* skip, int64_t n, To
   for (; i < whole; i += piece) {
     const int64_t count = whole - i < piece ? whole - i : piece;
     const auto load = [&](int64_t k) {
-      const F32 v = F32::load(x + i + k);
-      ask_ahead(x + n + i + k);  // the next row: its first 8 KiB were asked for
-      return skip ? v * (F32::set(1.0f) - F32::load(skip + i + k)) : v;
+      ask_later(x + n + i + k);  // the next row
+      return columns_of(x, skip, i + k);
     };
     uint8_t* to = reinterpret_cast<uint8_t*>(q + i);
-    if (F32::width == 1 || !codes_by_inverse(count, load, inverse, z, low, high, reach, to))
+    if (F32::width == 1 ||
+        !codes_by_inverse<clamped>(count, load, inverse, z, low, high, reach, to))
       for (int64_t k = 0; k < count; k += F32::width)
         min(max(round(load(k) / s) + z, low), high).store(q + i + k);
   }
-  for (i = whole; i < n; ++i) {
-    const float v = skip && skip[i] ? to_float(x[i]) * 0.0f : to_float(x[i]);
-    q[i] = token_code(v, step, grid);
-  }
+  for (i = whole; i < n; ++i) q[i] = token_code(column_of(x, skip, i), step, grid);
+}
+
+// `fitted`: the step is what fit_token gave.
+template <class T>
+FEWBIT_INLINE void quantize_token(const T* x, const uint8_t* skip, int64_t n, TokenStep step,
+                                  bool fitted, TokenGrid grid, int8_t* q) {
+  // A whole symmetric range needs no clamp: |x| / s is at most top, and a rounding more.
+  if (fitted && grid.symmetric && !(grid.clip > 0.0f) && step.s == step.s)
+    codes_of_token<false>(x, skip, n, step, grid, q);
+  else
+    codes_of_token<true>(x, skip, n, step, grid, q);
 }
 
 }  // namespace fewbit::cpu::FEWBIT_ISA

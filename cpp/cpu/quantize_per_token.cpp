@@ -6,12 +6,13 @@ namespace fewbit::cpu::FEWBIT_ISA {
 
 // A row's 4-bit codes, eight to a word.
 template <class T>
-static void words_of_token(const T* x, int64_t n, TokenStep step, TokenGrid grid, uint32_t* words) {
+static void words_of_token(const T* x, int64_t n, TokenStep step, bool fitted, TokenGrid grid,
+                           uint32_t* words) {
   constexpr int64_t part = 256;
   alignas(64) int8_t q[part];
   for (int64_t k = 0; k < n; k += part) {
     const int64_t count = n - k < part ? n - k : part;
-    quantize_token(x + k, nullptr, count, step, grid, q);
+    quantize_token(x + k, nullptr, count, step, fitted, grid, q);
     for (int64_t i = 0; i < count; i += 8) {
       uint32_t four[2];
       __builtin_memcpy(four, q + i, 8);
@@ -25,12 +26,12 @@ static void rows(const QuantizePerToken& a, int64_t begin, int64_t end) {
   for (int64_t m = begin; m < end; ++m) {
     const T* x = static_cast<const T*>(a.x) + m * a.columns;
     TokenStep step = fit_token(x, a.skip, a.columns, a.grid);
-    if (a.fixed_scale && step.s == step.s)
-      step = {*a.fixed_scale, a.fixed_zero ? float(*a.fixed_zero) : 0.0f};
+    const bool fitted = !(a.fixed_scale && step.s == step.s);
+    if (!fitted) step = {*a.fixed_scale, a.fixed_zero ? float(*a.fixed_zero) : 0.0f};
     if (a.words)
-      words_of_token(x, a.columns, step, a.grid, a.words + m * (a.columns / 8));
+      words_of_token(x, a.columns, step, fitted, a.grid, a.words + m * (a.columns / 8));
     else
-      quantize_token(x, a.skip, a.columns, step, a.grid, a.q + m * a.columns);
+      quantize_token(x, a.skip, a.columns, step, fitted, a.grid, a.q + m * a.columns);
     a.scale[m] = step.s;
     a.zero_point[m] = int32_t(step.z);
   }

@@ -87,6 +87,12 @@ FEWBIT_INLINE F32 operator/(F32 a, F32 b) { return {_mm512_div_ps(a.v, b.v)}; }
 FEWBIT_INLINE F32 min(F32 a, F32 b) { return {_mm512_min_ps(a.v, b.v)}; }
 FEWBIT_INLINE F32 max(F32 a, F32 b) { return {_mm512_max_ps(a.v, b.v)}; }
 FEWBIT_INLINE F32 abs(F32 a) { return {_mm512_abs_ps(a.v)}; }
+// The larger of |b| and a, which is zero or such a maximum. Infinity is larger than any number, and
+// a NaN larger than that: they compare as whole numbers.
+FEWBIT_INLINE F32 max_abs(F32 a, F32 b) {
+  return {_mm512_castsi512_ps(
+      _mm512_max_epi32(_mm512_castps_si512(a.v), _mm512_castps_si512(abs(b).v)))};
+}
 FEWBIT_INLINE F32 round(F32 a) {
   return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
 }
@@ -132,6 +138,11 @@ struct F64 {
   FEWBIT_INLINE_MEMBER void store(double* p) const { _mm512_storeu_pd(p, v); }
 };
 
+template <int half>
+FEWBIT_INLINE F64 widened(F32 a) {  // half of the lanes, 0 or 1
+  return {_mm512_maskz_cvtps_pd(
+      0xFF, half ? _mm512_extractf32x8_ps(a.v, 1) : _mm512_castps512_ps256(a.v))};
+}
 FEWBIT_INLINE F64 operator+(F64 a, F64 b) { return {_mm512_add_pd(a.v, b.v)}; }
 FEWBIT_INLINE F64 operator-(F64 a, F64 b) { return {_mm512_sub_pd(a.v, b.v)}; }
 FEWBIT_INLINE F64 operator*(F64 a, F64 b) { return {_mm512_mul_pd(a.v, b.v)}; }
@@ -332,6 +343,10 @@ FEWBIT_INLINE F32 operator/(F32 a, F32 b) { return {_mm256_div_ps(a.v, b.v)}; }
 FEWBIT_INLINE F32 min(F32 a, F32 b) { return {_mm256_min_ps(a.v, b.v)}; }
 FEWBIT_INLINE F32 max(F32 a, F32 b) { return {_mm256_max_ps(a.v, b.v)}; }
 FEWBIT_INLINE F32 abs(F32 a) { return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v)}; }
+FEWBIT_INLINE F32 max_abs(F32 a, F32 b) {
+  return {_mm256_castsi256_ps(
+      _mm256_max_epi32(_mm256_castps_si256(a.v), _mm256_castps_si256(abs(b).v)))};
+}
 FEWBIT_INLINE F32 round(F32 a) {
   return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
 }
@@ -379,6 +394,10 @@ struct F64 {
   FEWBIT_INLINE_MEMBER void store(double* p) const { _mm256_storeu_pd(p, v); }
 };
 
+template <int half>
+FEWBIT_INLINE F64 widened(F32 a) {
+  return {_mm256_cvtps_pd(_mm256_extractf128_ps(a.v, half))};
+}
 FEWBIT_INLINE F64 operator+(F64 a, F64 b) { return {_mm256_add_pd(a.v, b.v)}; }
 FEWBIT_INLINE F64 operator-(F64 a, F64 b) { return {_mm256_sub_pd(a.v, b.v)}; }
 FEWBIT_INLINE F64 operator*(F64 a, F64 b) { return {_mm256_mul_pd(a.v, b.v)}; }
@@ -511,6 +530,10 @@ FEWBIT_INLINE F32 operator/(F32 a, F32 b) { return {a.v / b.v}; }
 FEWBIT_INLINE F32 min(F32 a, F32 b) { return {a.v < b.v ? a.v : b.v}; }
 FEWBIT_INLINE F32 max(F32 a, F32 b) { return {a.v > b.v ? a.v : b.v}; }
 FEWBIT_INLINE F32 abs(F32 a) { return {abs_of(a.v)}; }
+FEWBIT_INLINE F32 max_abs(F32 a, F32 b) {
+  const float v = abs_of(b.v);
+  return bits_of(v) > bits_of(a.v) ? F32{v} : a;
+}
 FEWBIT_INLINE F32 round(F32 a) { return {round_even(a.v)}; }
 // Fused, as on the other ISAs: results agree bit for bit (slow where the CPU has no FMA).
 FEWBIT_INLINE F32 fma(F32 a, F32 b, F32 c) { return {__builtin_fmaf(a.v, b.v, c.v)}; }
@@ -535,6 +558,10 @@ struct F64 {
   FEWBIT_INLINE_MEMBER void store(double* p) const { *p = v; }
 };
 
+template <int>
+FEWBIT_INLINE F64 widened(F32 a) {
+  return {double(a.v)};
+}
 FEWBIT_INLINE F64 operator+(F64 a, F64 b) { return {a.v + b.v}; }
 FEWBIT_INLINE F64 operator-(F64 a, F64 b) { return {a.v - b.v}; }
 FEWBIT_INLINE F64 operator*(F64 a, F64 b) { return {a.v * b.v}; }
@@ -597,6 +624,9 @@ constexpr int64_t line = 64;  // bytes of a cache line
 // Asks for what lies 8 KiB behind p. A kernel that works on a stream as it reads it otherwise waits
 // for memory: what the hardware fetches by itself ends with the page.
 FEWBIT_INLINE void ask_ahead(const void* p) { __builtin_prefetch((const char*)p + 8192); }
+
+// Asks for the line of p, not into the first cache but the second: it is wanted much later.
+FEWBIT_INLINE void ask_later(const void* p) { __builtin_prefetch(p, 0, 2); }
 
 // Asks for `bytes` from p on, which are met in another order than they lie.
 FEWBIT_INLINE void ask(const void* p, int64_t bytes) {
@@ -680,7 +710,8 @@ FEWBIT_INLINE F32 round_quotient(F32 v, F32 s, F32 inverse) {
 // whole number, the code, in its low bits: one multiply-add rounds x inverse + z. `far` is how far
 // the product was from what it became. It is within 2^-23 `reach` of the quotient that a code can
 // depend on, so where no number is that close to the middle of two codes, all are those of x / s.
-template <class Load>
+// Without `clamped`, the caller knows that codes of finite numbers lie in low .. high.
+template <bool clamped = true, class Load>
 FEWBIT_INLINE bool codes_by_inverse(int64_t n, const Load& load, F32 inverse, F32 z, F32 low,
                                     F32 high, float reach, uint8_t* q) {
   const F32 zero = F32::set(0x1.8p23f), shift = zero + z, least = zero + low, top = zero + high;
@@ -688,7 +719,7 @@ FEWBIT_INLINE bool codes_by_inverse(int64_t n, const Load& load, F32 inverse, F3
   for (int64_t i = 0; i < n; i += F32::width) {
     const F32 v = load(i), code = fma(v, inverse, shift);
     far = max(far, abs(fma(v, inverse, shift - code)));
-    min(max(code, least), top).store_low_byte(q + i);
+    (clamped ? min(max(code, least), top) : code).store_low_byte(q + i);
   }
   return all_less(far, F32::set(0.5f - 0x1p-22f * reach));
 }
