@@ -108,14 +108,28 @@ def test_large_results_are_the_same(isa, n, dtype):
     assert torch.equal(whole[: len(x) // 2], whole[len(x) // 2 :])
 
 
+@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("n", [16, 48, 12, 2880])
-def test_gradient_is_the_inverse(n):
+def test_gradient_is_the_inverse(n, compiled):
     x = torch.randn(3, n, requires_grad=True)
     base, signs, up = base_of(n), signs_of(n), torch.randn(3, n)
-    ops.hadamard(x, base, signs).backward(up)
+    run = ops.hadamard
+    if compiled:
+        torch.compiler.reset()
+        run = torch.compile(run, fullgraph=True, backend="aot_eager")
+    run(x, base, signs).backward(up)
     y = x.detach().clone().requires_grad_()
     reference.hadamard(y, base or [], signs).backward(up)
     torch.testing.assert_close(x.grad, y.grad, rtol=1e-5, atol=1e-5)
+
+
+def test_gradient_of_the_gradient():
+    x = torch.randn(2, 12, requires_grad=True)
+    square = (ops.hadamard(x, hadamard_matrix(12)) ** 2).sum() ** 2  # (x . x)^2
+    (first,) = torch.autograd.grad(square, x, create_graph=True)
+    (second,) = torch.autograd.grad(first.sum(), x)
+    want = 8 * x * x.sum() + 4 * (x * x).sum()
+    torch.testing.assert_close(second, want, rtol=1e-4, atol=1e-3)
 
 
 def test_rows_do_not_meet(isa):
