@@ -201,17 +201,17 @@ FEWBIT_INLINE void tabulate(const F32 (&x)[4], float* table, int64_t stride) {
 }
 
 template <int n>
-struct Block {
-  static constexpr int count = n;
+struct Count {
+  static constexpr int value = n;
 };
 
-// Calls run(block, first) for all of `order` outputs, `most` at a time and the rest one by one: a
-// count known to the compiler keeps the sums in registers.
+// Calls run(Count, first) for all of `order` outputs, `most` at a time and the rest one by one: a
+// count known to the compiler keeps their sums in registers.
 template <int most, class F>
-FEWBIT_INLINE void in_blocks(int64_t order, const F& run) {
+FEWBIT_INLINE void for_outputs(int64_t order, const F& run) {
   int64_t o = 0;
-  for (; o + most <= order; o += most) run(Block<most>{}, o);
-  for (; o < order; ++o) run(Block<1>{}, o);
+  for (; o + most <= order; o += most) run(Count<most>{}, o);
+  for (; o < order; ++o) run(Count<1>{}, o);
 }
 
 // Lanes of tables, 16 rows each, that stay in L1: 28 of the 32 KiB that the smallest one has.
@@ -250,8 +250,8 @@ static void by_patterns(const HadamardBase& base, const float* z, int64_t from, 
         if constexpr (paired) tabulate(difference, table + columns, lanes);
       }
     const bool start = g0 == 0, end = g0 + count == bundles;
-    in_blocks<outputs>(order, [&](auto block, int64_t o) {
-      constexpr int here = block.count;
+    for_outputs<outputs>(order, [&](auto some, int64_t o) {
+      constexpr int here = some.value;
       const uint8_t* pattern = base.patterns + g0 * order + o;
       F32 sum[here][vectors];
 #pragma GCC unroll 8
@@ -296,8 +296,8 @@ static void by_products(const HadamardBase& base, const float* z, int64_t from, 
   constexpr int vectors = columns / F32::width;
   constexpr int outputs = vectors >= 8 ? 1 : vectors == 4 ? 4 : 8 / vectors;
   const int64_t m = base.m;
-  in_blocks<outputs>(m, [&](auto block, int64_t o) {
-    constexpr int here = block.count;
+  for_outputs<outputs>(m, [&](auto some, int64_t o) {
+    constexpr int here = some.value;
     F32 sum[here][vectors];
     for (int i = 0; i < here; ++i)
       for (int v = 0; v < vectors; ++v) sum[i][v] = F32::zero();
@@ -337,8 +337,8 @@ static void by_halves(const HadamardBase& base, const float* z, int64_t from, T*
       (a + b).store(folded[0][i] + v * F32::width);
       (a - b).store(folded[1][i] + v * F32::width);
     }
-  in_blocks<outputs>(half, [&](auto block, int64_t o) {
-    constexpr int here = block.count;
+  for_outputs<outputs>(half, [&](auto some, int64_t o) {
+    constexpr int here = some.value;
     F32 sum[2][here][vectors];
     for (int s = 0; s < 2; ++s)
       for (int i = 0; i < here; ++i)

@@ -68,39 +68,68 @@ FEWBIT_INLINE void add_rows(const OutlierProduct& a, int64_t m, int64_t o0, int6
   }
 }
 
-// Outliers [o0, o0 + n) of one panel to w[outlier][16].
-static void decode(const OutlierProduct& a, int64_t panel, int64_t o0, int64_t n, float* w) {
+// Calls use(i, v, weights) for all vectors v of outliers o0 + i, i < n, of one panel.
+template <class F>
+FEWBIT_INLINE void decode(const OutlierProduct& a, int64_t panel, int64_t o0, int64_t n,
+                          const F& use) {
   const int64_t first = panel * panel_rows, rows = a.layout.rows - first;
   const uint32_t* packed = a.packed + panel * a.panel_words;
-  const Outlier *o = a.outlier + o0, *end = o + n;
-  while (o < end) {
-    if (o->kept) {
-      for (int64_t r = 0; r < panel_rows; ++r) w[r] = r < rows ? o->kept[first + r] : 0.0f;
-      ++o;
-      w += panel_rows;
+  const Outlier* o = a.outlier + o0;
+  for (int64_t i = 0; i < n;) {
+    if (o[i].kept) {
+      const float* from = o[i].kept + first;
+      float part[panel_rows];
+      for (int64_t r = 0; r < panel_rows && rows < panel_rows; ++r)
+        part[r] = r < rows ? from[r] : 0;
+      if (rows < panel_rows) from = part;
+      for (int v = 0; v < vectors; ++v) use(i, v, F32::load(from + v * F32::width));
+      ++i;
       continue;
     }
-    const int64_t group = o->group;  // for all that follow in it
+    const int64_t group = o[i].group;  // for all that follow in it
     F32 s[vectors], z[vectors];
     for (int v = 0; v < vectors; ++v) {
       const int64_t at = (panel * a.groups + group) * panel_rows + v * F32::width;
       s[v] = load_scale(a.scale, a.scale_dtype, at);
       z[v] = F32::load(a.zero_point + at);
     }
-    for (; o < end && o->group == group && !o->kept; ++o, w += panel_rows)
+    for (; i < n && o[i].group == group && !o[i].kept; ++i)
       for (int v = 0; v < vectors; ++v) {
-        const F32 q = low_bits<8>(load_u32(packed + o->word + v * F32::width) >> o->shift);
-        ((q - z[v]) * s[v]).store(w + v * F32::width);
+        const F32 q = low_bits<8>(load_u32(packed + o[i].word + v * F32::width) >> o[i].shift);
+        use(i, v, (q - z[v]) * s[v]);
       }
   }
+}
+
+// add_rows for a single row, which needs no copy of the decoded columns.
+static void add_row(const OutlierProduct& a, int64_t m, int64_t o0, int64_t n, int64_t panel) {
+  float* out = a.out + a.at(m, panel);
+  const float* x = a.x + m * a.outliers + o0;
+  F32 sum[vectors], other[vectors];  // they take turns
+  for (int v = 0; v < vectors; ++v) {
+    sum[v] = o0 == 0 ? F32::zero() : F32::load(out + v * F32::width);
+    other[v] = F32::zero();
+  }
+  decode(a, panel, o0, n, [&](int64_t i, int v, F32 w) {
+    const F32 more = fma(F32::set(x[i]), w, sum[v]);
+    sum[v] = other[v];
+    other[v] = more;
+  });
+  for (int v = 0; v < vectors; ++v) (sum[v] + other[v]).store(out + v * F32::width);
 }
 
 void kernel(const OutlierProduct& a, int64_t begin, int64_t end) {
   for (int64_t panel = begin; panel < end; ++panel)
     for (int64_t o0 = 0; o0 < a.outliers; o0 += span) {
       const int64_t n = a.outliers - o0 < span ? a.outliers - o0 : span;
-      float w[span * panel_rows];
-      decode(a, panel, o0, n, w);
+      if (a.end - a.begin == 1) {
+        add_row(a, a.begin, o0, n, panel);
+        continue;
+      }
+      float w[span * panel_rows];  // [outlier][16]
+      decode(a, panel, o0, n, [&](int64_t i, int v, F32 weights) {
+        weights.store(w + i * panel_rows + v * F32::width);
+      });
       int64_t m = a.begin;
       for (; m + block <= a.end; m += block) add_rows<block>(a, m, o0, n, w, panel);
       for (; m < a.end; ++m) add_rows<1>(a, m, o0, n, w, panel);
