@@ -193,8 +193,9 @@ def measure(
     size = PRODUCT[device.type]
     a = torch.randn(size, size, generator=generator).to(device)
     products = 2 * size**3 / _best(lambda: a @ a, device=device)
-    linear = nn.Linear(1024, 512, bias=False, device=device)
-    linear.weight.data.copy_(torch.randn(512, 1024, generator=generator))
+    shape = 2048, min(columns, WIDEST)  # as large as layers are: no cache holds them
+    linear = nn.Linear(shape[1], shape[0], bias=False, device=device)
+    linear.weight.data.copy_(torch.randn(shape, generator=generator))
     solver, scheme = rtn(recipe.scheme).solver, recipe.scheme
 
     def solve() -> None:
@@ -204,7 +205,7 @@ def measure(
         relative_error(linear.weight.data, module.weight, None)
         module.codes()
 
-    weights = linear.weight.numel() / _best(solve, device=device)
+    weights = linear.weight.numel() / _best(solve, 3, device)
     block = bytes(4 * MIB)
 
     def write() -> None:
@@ -229,12 +230,12 @@ def _second_order(
     recipe: Recipe, columns: int, device: torch.device
 ) -> tuple[float, float, float]:
     """Rates of Gram matrices, and of a solver that factors them, on a linear of few rows."""
-    columns, rows = min(columns, WIDEST), 128
+    columns, rows, tokens = min(columns, WIDEST), 256, 512
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(rows, columns, generator=generator).to(device)
+    x = torch.randn(tokens, columns, generator=generator).to(device)
     gram = torch.zeros(columns, columns, dtype=sum_type(columns, device), device=device)
-    seconds = _best(lambda: ops.gram(x, gram), 2, device)
-    summed = rows * columns**2 / seconds
+    summed = tokens * columns**2 / _best(lambda: ops.gram(x, gram), 3, device)
+    x = x[:rows]
     solver = copy.deepcopy(getattr(recipe.solver, "base", recipe.solver))
     if not isinstance(solver, GPTQ):
         return summed, math.inf, math.inf
