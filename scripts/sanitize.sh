@@ -5,6 +5,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python="${FEWBIT_VENV:-.venv}/bin/python"
+export PATH="$(cd "$(dirname "$python")" && pwd):$PATH"  # its cmake is new enough
 if [ "${1:-}" = thread ]; then
   cmake -S . -B build/races -G Ninja -DFEWBIT_SANITIZE=THREAD -DFEWBIT_CUDA=OFF
   cmake --build build/races

@@ -168,6 +168,7 @@ void kernel(const Digits& a, int64_t begin, int64_t end) {
 // Scales and zero points are asked for as many groups ahead: 16 KiB of 4-bit codes in groups of
 // 128.
 constexpr int64_t groups_ahead = 16;
+constexpr int64_t words_ahead = 8192;  // of weights: 32 KiB, which the second cache has room for
 
 // Rows [first_row, +rows) of a block of block_rows rows. The first tile of a panel and a chunk of
 // rows runs the outliers' product for the `outlier_rows` rows from its own on.
@@ -220,7 +221,7 @@ static void tile(const W8A8Linear& a, int64_t block, int first_row, int64_t pane
         for (int c = 0; c < across; ++c) {
           const uint32_t* from = packed[c / vectors] + word + c % vectors * F32::width;
           unit[c] = Unit::load(from);
-          if (c % vectors == 0) ask_ahead(from);
+          if (c % vectors == 0) ask_later(from + words_ahead);
         }
         // All three unrolled, or the compiler keeps the sums in memory.
         FEWBIT_UNROLL
