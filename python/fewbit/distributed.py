@@ -94,7 +94,7 @@ class Ranks:
                 yield out
 
     def _send(self, value: Any, to: int) -> None:
-        frame, tensors = taken_apart(value)
+        frame, tensors = taken_apart(value, self.device)
         with lost():
             torch.distributed.send_object_list([frame], to)
             for tensor in tensors:
@@ -107,7 +107,7 @@ class Ranks:
             return self._filled(box[0], lambda t: torch.distributed.recv(t, source))
 
     def _broadcast(self, value: Any, source: int) -> Any:
-        frame, tensors = (None, []) if value is None else taken_apart(value)
+        frame, tensors = (None, []) if value is None else taken_apart(value, self.device)
         frame = self.share(frame, source)
         with lost():
             if self.rank != source:
@@ -118,24 +118,29 @@ class Ranks:
 
     def _filled(self, frame: Any, fill: Callable[[Tensor], Any]) -> Any:
         """What was taken apart, whole again: ``fill`` receives each of its tensors."""
-        for name in _tensors(frame):
+        for name in _tensors(frame, "meta"):
             tensor = torch.empty_like(getattr(frame, name), device=self.device)
             fill(tensor)
             setattr(frame, name, tensor)
         return frame
 
 
-def taken_apart(value: T) -> tuple[T, list[Tensor]]:
-    """A copy of an object with empty tensors as attributes, and the tensors that it had."""
+def taken_apart(value: T, device: torch.device = CPU) -> tuple[T, list[Tensor]]:
+    """A copy of an object whose attributes on ``device`` are empty tensors, and what they were.
+
+    What a job on cards keeps on the CPU stays in the copy: nccl sends only what is on a card.
+    """
     frame, tensors = copy.copy(value), []
-    for name in _tensors(value):
+    for name in _tensors(value, device.type):
         tensors.append(getattr(value, name).contiguous())
         setattr(frame, name, tensors[-1].to("meta"))
     return frame, tensors
 
 
-def _tensors(value: Any) -> list[str]:
-    return [name for name, held in vars(value).items() if isinstance(held, Tensor)]
+def _tensors(value: Any, kind: str) -> list[str]:
+    """Attributes that are tensors on this kind of device."""
+    held = {name: t for name, t in vars(value).items() if isinstance(t, Tensor)}
+    return [name for name, t in held.items() if t.device.type == kind]
 
 
 def chunks(count: int) -> list[range]:

@@ -40,7 +40,6 @@ def test_f18_two_ranks_give_the_bytes_of_one(model, tmp_path):
     agree(model, tmp_path, "gptq", [2])
 
 
-@pytest.mark.slow
 def test_f18_two_ranks_on_cards_give_the_bytes_of_one_on_the_cpu(model, tmp_path):
     agree(model, tmp_path, "gptq", [2], "cuda")
 
