@@ -65,7 +65,8 @@ def test_kernel_files_use_no_standard_library_functions():
 
 def test_objects_hold_no_weak_functions():
     """A weak function in an ISA's object is one that the linker may share between ISAs."""
-    objects = sorted((ROOT / "build").glob("**/fewbit_avx*.dir/cpu/*.o"))
+    found = sorted((ROOT / "build").glob("**/fewbit_avx*.dir/cpu/*.o"))
+    objects = [p for p in found if not {"races", "sanitize"} & set(p.parts)]  # inline less
     if not objects or shutil.which("nm") is None:
         pytest.skip("no object files of a build, or no nm")
     for path in objects:
