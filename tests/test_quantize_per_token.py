@@ -57,6 +57,17 @@ def test_rows_that_are_not_finite(isa):
             assert torch.equal(ours[0][[0, 3]], want[0][[0, 3]])
 
 
+@pytest.mark.parametrize("columns", [4096, 4160, 4100])  # whole lines, and not
+def test_large_results_are_those_of_their_parts(isa, columns):
+    """16 MiB of codes and more are written past the caches, where rows are whole lines."""
+    rows = -(-(16 << 20) // columns)
+    x = torch.randn(64, columns, generator=torch.Generator().manual_seed(0)).bfloat16()
+    large = ops.quantize_per_token(x.repeat(-(-rows // 64), 1))
+    small = ops.quantize_per_token(x)
+    for got, want in zip(large, small, strict=True):
+        assert torch.equal(got.view(-1, *want.shape), want.expand(len(got) // 64, *want.shape))
+
+
 def test_is_a_proper_torch_op():
     op = torch.ops.fewbit.quantize_per_token.default
     torch.library.opcheck(op, (torch.randn(3, 20), True, None, None))

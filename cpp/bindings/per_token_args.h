@@ -13,11 +13,12 @@ inline TokenGrid token_grid(int64_t bits, const std::optional<double>& clip) {
 }
 
 // x_scale of one element makes the grid static; without it, it is fitted to every row. Writes q
-// int8 [m, columns] (or `words`, with 4 bits), scale float32 [m] and zero_point int32 [m].
+// int8 [m, columns] (or `words`, with 4 bits), `past` the caches where no product follows, scale
+// float32 [m] and zero_point int32 [m].
 inline void quantize_tokens(const Tensor& x, TokenGrid grid, const std::optional<Tensor>& x_scale,
                             const std::optional<Tensor>& x_zero_point, const uint8_t* skip,
-                            int8_t* q, float* scale, int32_t* zero_point,
-                            uint32_t* words = nullptr) {
+                            int8_t* q, float* scale, int32_t* zero_point, uint32_t* words = nullptr,
+                            bool past = false) {
   const DType dtype = dtype_of(x, "x");
   std::optional<Tensor> fixed_scale, fixed_zero;
   if (x_scale) {
@@ -41,7 +42,7 @@ inline void quantize_tokens(const Tensor& x, TokenGrid grid, const std::optional
       x,
       QuantizePerToken{in.const_data_ptr(), skip, fixed_scale ? data<float>(*fixed_scale) : nullptr,
                        fixed_zero ? data<int32_t>(*fixed_zero) : nullptr, q, scale, zero_point,
-                       dtype, grid, m, columns, words},
+                       dtype, grid, m, columns, words, past},
       "quantize_per_token", grain_for(columns));
 }
 

@@ -17,22 +17,15 @@ struct StepLanes {
 
 template <class T>
 FEWBIT_INLINE Step fit(const T* w, int64_t n, const Grid& grid) {
-  float lo = 0.0f, hi = 0.0f;
-  int64_t i = 0;
-  if (n >= 4 * F32::width) {
-    F32 lo0 = F32::zero(), lo1 = lo0, hi0 = lo0, hi1 = lo0;  // two chains hide the latency
-    for (; i + 2 * F32::width <= n; i += 2 * F32::width) {
-      const F32 a = F32::load(w + i), b = F32::load(w + i + F32::width);
-      ask_ahead(w + i);
-      ask_ahead(w + i + F32::width);
-      lo0 = min(a, lo0);
-      lo1 = min(b, lo1);
-      hi0 = max(a, hi0);
-      hi1 = max(b, hi1);
-    }
-    lo = reduce_min(min(lo0, lo1));
-    hi = reduce_max(max(hi0, hi1));
-  }
+  F32 least[chains], most[chains];
+  for (int c = 0; c < chains; ++c) least[c] = most[c] = F32::zero();
+  int64_t i = in_chains(n, [&](int64_t k, int c) {
+    const F32 v = F32::load(w + k);
+    ask_ahead(w + k);
+    least[c] = min(v, least[c]);
+    most[c] = max(v, most[c]);
+  });
+  float lo = reduce_min(min(least[0], least[1])), hi = reduce_max(max(most[0], most[1]));
   for (; i < n; ++i) {
     const float v = to_float(w[i]);
     lo = v < lo ? v : lo;

@@ -55,7 +55,7 @@ static void rows(const NormQuantize& a, int64_t begin, int64_t end) {
       y[i] = a.bias ? v + a.bias[i] : v;
     }
     const TokenStep step = fit_token(y, nullptr, n, {a.symmetric});
-    quantize_token(y, nullptr, n, step, true, {a.symmetric}, a.q + m * n);
+    quantize_token(y, nullptr, n, 0, step, true, {a.symmetric}, a.q + m * n);
     a.scale[m] = step.s;
     a.zero_point[m] = int32_t(step.z);
   }

@@ -16,20 +16,14 @@ FEWBIT_INLINE float column_of(const T* x, const uint8_t* skip, int64_t i) {
   return skip && skip[i] ? to_float(x[i]) * 0.0f : to_float(x[i]);
 }
 
-constexpr int chains = 2;  // hide the latency
-
 template <class T>
 FEWBIT_INLINE TokenStep fit_symmetric(const T* x, const uint8_t* skip, int64_t n, TokenGrid grid) {
   F32 top[chains];
   for (int c = 0; c < chains; ++c) top[c] = F32::zero();
-  const auto add = [&](int64_t i, int c) {
-    ask_ahead(x + i);
-    top[c] = max_abs(top[c], columns_of(x, skip, i));
-  };
-  int64_t i = 0;
-  for (; i + chains * F32::width <= n; i += chains * F32::width)
-    for (int c = 0; c < chains; ++c) add(i + c * F32::width, c);
-  for (; i + F32::width <= n; i += F32::width) add(i, 0);
+  int64_t i = in_chains(n, [&](int64_t k, int c) {
+    ask_ahead(x + k);
+    top[c] = max_abs(top[c], columns_of(x, skip, k));
+  });
   uint32_t most = 0;
   for (int j = 0; j < F32::width; ++j) {
     const uint32_t bits = bits_of(lane(max_abs(top[0], top[1]), j));
@@ -46,17 +40,13 @@ template <class T>
 FEWBIT_INLINE TokenStep fit_range(const T* x, const uint8_t* skip, int64_t n, TokenGrid grid) {
   F32 lo[chains], hi[chains], poison[chains];
   for (int c = 0; c < chains; ++c) lo[c] = hi[c] = poison[c] = F32::zero();
-  const auto add = [&](int64_t i, int c) {
-    const F32 v = columns_of(x, skip, i);
-    ask_ahead(x + i);
+  int64_t i = in_chains(n, [&](int64_t k, int c) {
+    const F32 v = columns_of(x, skip, k);
+    ask_ahead(x + k);
     lo[c] = min(v, lo[c]);
     hi[c] = max(v, hi[c]);
     poison[c] = fma(v, F32::zero(), poison[c]);
-  };
-  int64_t i = 0;
-  for (; i + chains * F32::width <= n; i += chains * F32::width)
-    for (int c = 0; c < chains; ++c) add(i + c * F32::width, c);
-  for (; i + F32::width <= n; i += F32::width) add(i, 0);
+  });
   float low = reduce_min(min(lo[0], lo[1])), high = reduce_max(max(hi[0], hi[1])), bad = 0.0f;
   for (int j = 0; j < F32::width; ++j) bad += lane(poison[0] + poison[1], j);
   for (; i < n; ++i) {
@@ -73,10 +63,11 @@ FEWBIT_INLINE TokenStep fit_token(const T* x, const uint8_t* skip, int64_t n, To
   return grid.symmetric ? fit_symmetric(x, skip, n, grid) : fit_range(x, skip, n, grid);
 }
 
-// The codes of n columns, in pieces: one that holds a middle of two codes is divided by s.
+// The codes of n columns, in pieces: one that holds a middle of two codes is divided by s. The next
+// row, `ahead` columns behind this one, is asked for on the way.
 template <bool clamped, class T>
-FEWBIT_INLINE void codes_of_token(const T* x, const uint8_t* skip, int64_t n, TokenStep step,
-                                  TokenGrid grid, int8_t* q) {
+FEWBIT_INLINE void codes_of_token(const T* x, const uint8_t* skip, int64_t n, int64_t ahead,
+                                  TokenStep step, TokenGrid grid, int8_t* q) {
   constexpr int64_t piece = 256;
   const float reach = step.z == 0.0f ? grid.top() + 2.0f : 256.0f;
   const F32 s = F32::set(step.s), z = F32::set(step.z), inverse = F32::set(inverse_of(step.s));
@@ -86,7 +77,7 @@ FEWBIT_INLINE void codes_of_token(const T* x, const uint8_t* skip, int64_t n, To
   for (; i < whole; i += piece) {
     const int64_t count = whole - i < piece ? whole - i : piece;
     const auto load = [&](int64_t k) {
-      ask_later(x + n + i + k);  // the next row
+      ask_later(x + ahead + i + k);
       return columns_of(x, skip, i + k);
     };
     uint8_t* to = reinterpret_cast<uint8_t*>(q + i);
@@ -100,13 +91,13 @@ FEWBIT_INLINE void codes_of_token(const T* x, const uint8_t* skip, int64_t n, To
 
 // `fitted`: the step is what fit_token gave.
 template <class T>
-FEWBIT_INLINE void quantize_token(const T* x, const uint8_t* skip, int64_t n, TokenStep step,
-                                  bool fitted, TokenGrid grid, int8_t* q) {
+FEWBIT_INLINE void quantize_token(const T* x, const uint8_t* skip, int64_t n, int64_t ahead,
+                                  TokenStep step, bool fitted, TokenGrid grid, int8_t* q) {
   // A whole symmetric range needs no clamp: |x| / s is at most top, and a rounding more.
   if (fitted && grid.symmetric && !(grid.clip > 0.0f) && step.s == step.s)
-    codes_of_token<false>(x, skip, n, step, grid, q);
+    codes_of_token<false>(x, skip, n, ahead, step, grid, q);
   else
-    codes_of_token<true>(x, skip, n, step, grid, q);
+    codes_of_token<true>(x, skip, n, ahead, step, grid, q);
 }
 
 }  // namespace fewbit::cpu::FEWBIT_ISA

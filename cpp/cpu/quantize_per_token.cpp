@@ -12,7 +12,7 @@ static void words_of_token(const T* x, int64_t n, TokenStep step, bool fitted, T
   alignas(64) int8_t q[part];
   for (int64_t k = 0; k < n; k += part) {
     const int64_t count = n - k < part ? n - k : part;
-    quantize_token(x + k, nullptr, count, step, fitted, grid, q);
+    quantize_token(x + k, nullptr, count, n, step, fitted, grid, q);
     for (int64_t i = 0; i < count; i += 8) {
       uint32_t four[2];
       __builtin_memcpy(four, q + i, 8);
@@ -31,7 +31,11 @@ static void rows(const QuantizePerToken& a, int64_t begin, int64_t end) {
     if (a.words)
       words_of_token(x, a.columns, step, fitted, a.grid, a.words + m * (a.columns / 8));
     else
-      quantize_token(x, a.skip, a.columns, step, fitted, a.grid, a.q + m * a.columns);
+      put_pieces<int8_t>(a.columns, a.past, a.q + m * a.columns,
+                         [&](int64_t k, int64_t count, int8_t* to) {
+                           quantize_token(x + k, a.skip ? a.skip + k : nullptr, count, a.columns,
+                                          step, fitted, a.grid, to);
+                         });
     a.scale[m] = step.s;
     a.zero_point[m] = int32_t(step.z);
   }
@@ -39,6 +43,7 @@ static void rows(const QuantizePerToken& a, int64_t begin, int64_t end) {
 
 void kernel(const QuantizePerToken& a, int64_t begin, int64_t end) {
   with_type(a.dtype, [&](auto* t) { rows<element<decltype(t)>>(a, begin, end); });
+  stream_end();
 }
 
 }  // namespace fewbit::cpu::FEWBIT_ISA

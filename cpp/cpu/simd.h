@@ -675,6 +675,18 @@ FEWBIT_INLINE void put_pieces(int64_t n, bool past, T* out, const F& make) {
 
 // ---- built from the above ----------------------------------------------------------------------
 
+// Calls add(i, c) for every whole vector of n columns, in turn with each of the chains c of
+// dependent instructions, whose latency they hide from each other; the columns that this makes.
+constexpr int chains = 2;
+template <class F>
+FEWBIT_INLINE int64_t in_chains(int64_t n, const F& add) {
+  int64_t i = 0;
+  for (; i + chains * F32::width <= n; i += chains * F32::width)
+    for (int c = 0; c < chains; ++c) add(i + c * F32::width, c);
+  for (; i + F32::width <= n; i += F32::width) add(i, 0);
+  return i;
+}
+
 // Dot is a running sum of products of bytes: dot(sum, q, x) adds the four products of unsigned q
 // and signed x of every 32-bit lane, widen() gives the lanes' sums. Where the sum is kept in 16
 // bits (wide_dot is false) it is exact for `dot_steps` additions while q |x| <= 255 * 8, that is

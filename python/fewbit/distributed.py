@@ -125,7 +125,7 @@ class Ranks:
         return frame
 
 
-def taken_apart(value: T, device: torch.device = CPU) -> tuple[T, list[Tensor]]:
+def taken_apart(value: T, device: torch.device) -> tuple[T, list[Tensor]]:
     """A copy of an object whose attributes on ``device`` are empty tensors, and what they were.
 
     What a job on cards keeps on the CPU stays in the copy: nccl sends only what is on a card.

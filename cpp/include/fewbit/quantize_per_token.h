@@ -44,6 +44,7 @@ struct QuantizePerToken {
   int64_t m;
   int64_t columns;
   uint32_t* words = nullptr;  // [m, columns / 8]: codes of 4 bits go there, not to q
+  bool past = false;          // q goes past the caches, being larger
 
   FEWBIT_ALWAYS_INLINE int64_t tasks() const { return m; }
 };
