@@ -177,11 +177,18 @@ void statistics() {
 void rotations() {
   const int64_t m = 12, width = m * 32;
   const Data<float> x = numbers(M * width), signs(width, -1.0f), base = numbers(m * m);
-  const Data<uint8_t> patterns = codes(m * 3, 16);
+  const Data<uint8_t> terms = codes(m * 3, 8), added(m, 2);
+  Data<uint16_t> places(m);
+  for (int64_t o = 0; o < m; ++o) places[o] = uint16_t(m - 1 - o);
   for (const bool tabulated : {false, true})
     check("hadamard", [&] {
-      const HadamardBase factor{m, false, tabulated ? patterns.data() : nullptr,
-                                tabulated ? nullptr : base.data(), nullptr};
+      const HadamardBase factor{m,
+                                false,
+                                tabulated ? terms.data() : nullptr,
+                                places.data(),
+                                added.data(),
+                                tabulated ? nullptr : base.data(),
+                                nullptr};
       Data<float> y(M * width);
       run(Hadamard{x.data(), signs.data(), &factor, 1, y.data(), DType::f32, M, width, 5, 0.125f,
                    false});

@@ -108,6 +108,22 @@ def test_large_results_are_the_same(isa, n, dtype):
     assert torch.equal(whole[: len(x) // 2], whole[len(x) // 2 :])
 
 
+def test_a_base_that_changes_in_place():
+    """What is made of a matrix is kept by what the matrix holds, not by where it lies."""
+    x = torch.randn(2, 44 * 4)
+    base = base_of(44 * 4)[0].clone()
+    first = ops.hadamard(x, [base])
+    for i in range(20):  # more than are kept
+        other = base.clone()
+        other[i] *= -1
+        want = reference.hadamard(x, [other], None)
+        base[i] *= -1
+        assert torch.allclose(ops.hadamard(x, [base]), want, atol=1e-5)
+        assert not torch.allclose(ops.hadamard(x, [base]), first, atol=1e-2)
+        base[i] *= -1
+    assert torch.equal(ops.hadamard(x, [base]), first)
+
+
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("n", [16, 48, 12, 2880])
 def test_gradient_is_the_inverse(n, compiled):

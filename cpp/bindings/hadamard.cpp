@@ -1,6 +1,11 @@
 #include "fewbit/hadamard.h"
 
+#include <algorithm>
+#include <array>
 #include <cmath>
+#include <cstring>
+#include <memory>
+#include <mutex>
 #include <vector>
 
 #include "cuda_product.h"
@@ -48,12 +53,15 @@ bool is_mirrored(const float* b, int64_t m) {
 struct Factor {
   HadamardBase base;
   Tensor matrix;
-  std::vector<uint8_t> patterns;
+  std::vector<uint8_t> terms, added;
+  std::vector<uint16_t> places;
   std::vector<float> products, halves;
 
-  explicit Factor(const Tensor& given) : matrix(dense(given)) {
+  Factor(const Factor&) = delete;  // base points into the others
+  Factor& operator=(const Factor&) = delete;
+  explicit Factor(const Tensor& dense_matrix) : matrix(dense_matrix) {
     const int64_t m = matrix.size(0);
-    base = {m, false, nullptr, nullptr, nullptr};
+    base = {m, false, nullptr, nullptr, nullptr, nullptr, nullptr};
     if (matrix.scalar_type() == ScalarType::Float) {
       const float* b = data<float>(matrix);
       base.products = b;
@@ -71,23 +79,81 @@ struct Factor {
     }
     const int8_t* b = data<int8_t>(matrix);
     check_signs(b, m * m, "base");
-    if (m > HadamardBase::max_pattern) {
+    if (m > HadamardBase::max_tables) {
       products.assign(b, b + m * m);
       base.products = products.data();
       return;
     }
     base.paired = is_paired(b, m);
-    const int64_t order = base.order(), step = m / order;
-    patterns.assign(base.bundles() * order, 0);
+    sort_outputs(b);
+  }
+
+  // The terms of every output, and the outputs of every step by how many they add. b [m, m].
+  void sort_outputs(const int8_t* b) {
+    const int64_t m = base.m, order = base.order(), skip = m / order, bundles = base.bundles();
+    const int64_t step = base.step_bundles();
+    std::vector<uint8_t> sum(bundles * order);  // bit i: input i of the bundle is subtracted
     for (int64_t i = 0; i < order; ++i) {
-      uint8_t* to = patterns.data() + i / HadamardBase::bundle * order;
-      const int8_t* row = b + i * step * m;
+      uint8_t* to = sum.data() + i / HadamardBase::bundle * order;
+      const int8_t* row = b + i * skip * m;
       const int shift = int(i % HadamardBase::bundle);
-      for (int64_t o = 0; o < order; ++o) to[o] |= uint8_t((row[o * step] < 0) << shift);
+      for (int64_t o = 0; o < order; ++o) to[o] |= uint8_t((row[o * skip] < 0) << shift);
     }
-    base.patterns = patterns.data();
+    terms.resize(bundles * order);
+    for (int64_t g0 = 0; g0 < bundles; g0 += step) {
+      const int64_t count = std::min(step, bundles - g0);
+      const uint8_t* here = sum.data() + g0 * order;
+      std::vector<std::vector<uint16_t>> adding(count + 1);  // outputs, by how many terms they add
+      for (int64_t o = 0; o < order; ++o) {
+        int64_t plus = 0;
+        for (int64_t g = 0; g < count; ++g) plus += !(here[g * order + o] & 1);
+        adding[plus].push_back(uint16_t(o));
+      }
+      for (int64_t plus = 0; plus <= count; ++plus)
+        for (const uint16_t o : adding[plus]) {
+          uint8_t* to = terms.data() + g0 * order + int64_t(places.size()) % order;
+          places.push_back(o);
+          added.push_back(uint8_t(plus));
+          for (const bool less : {false, true})
+            for (int64_t g = 0; g < count; ++g) {
+              const int signs = here[g * order + o];
+              if ((signs & 1) != less) continue;
+              *to = uint8_t(g * HadamardBase::table + ((less ? 15 - signs : signs) >> 1));
+              to += order;
+            }
+        }
+    }
+    base.terms = terms.data();
+    base.places = places.data();
+    base.added = added.data();
   }
 };
+
+int64_t bytes_of(const Tensor& t) { return t.numel() * int64_t(t.element_size()); }
+
+// The factor of `given`. The last ones are kept, by what their matrices hold: to make one of order
+// 172 takes as long as three rows of 11008 numbers through it.
+std::shared_ptr<const Factor> factor_of(const Tensor& given) {
+  constexpr int64_t most_bytes = 1 << 20;
+  constexpr size_t most = 16;
+  static std::mutex& guard = *new std::mutex;
+  static auto& kept = *new std::array<std::shared_ptr<const Factor>, most>;
+  static size_t next = 0;
+  const Tensor matrix = dense(given);
+  if (bytes_of(matrix) > most_bytes) return std::make_shared<const Factor>(matrix);
+  // A forked child may find the lock taken, for ever: it does without.
+  const std::unique_lock<std::mutex> lock(guard, std::try_to_lock);
+  if (!lock) return std::make_shared<const Factor>(matrix);
+  for (const auto& factor : kept)
+    if (factor && factor->base.m == matrix.size(0) &&
+        factor->matrix.scalar_type() == matrix.scalar_type() &&
+        std::memcmp(factor->matrix.const_data_ptr(), matrix.const_data_ptr(),
+                    size_t(bytes_of(matrix))) == 0)
+      return factor;
+  const auto made = std::make_shared<const Factor>(torch::stable::clone(matrix));
+  kept[next++ % most] = made;
+  return made;
+}
 
 // The codes of a result that is quantised at once: q int8, or words of eight 4-bit codes.
 struct Codes {
@@ -196,10 +262,9 @@ void run_on_cpu(const Tensor& x, const Bases& bases, const std::optional<Tensor>
     check_signs(data<int8_t>(s), width, "signs");
     flips.assign(data<int8_t>(s), data<int8_t>(s) + width);
   }
-  std::vector<Factor> factors;
+  std::vector<std::shared_ptr<const Factor>> factors;
   std::vector<HadamardBase> given;
-  factors.reserve(bases.size());
-  for (const Tensor& base : bases) given.push_back(factors.emplace_back(base).base);
+  for (const Tensor& base : bases) given.push_back(factors.emplace_back(factor_of(base))->base);
   const Tensor in = dense(x);
   const DType dtype = dtype_of(x, "x");
   const int64_t row_bytes = width * size_of(dtype);

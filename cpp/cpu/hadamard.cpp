@@ -9,6 +9,8 @@ constexpr int lane_stages = F32::width == 16 ? 4 : F32::width == 8 ? 3 : 0;
 // Butterflies that one pass over memory does: 2^radix vectors are held in registers.
 constexpr int max_radix = F32::width == 16 ? 4 : 3;
 constexpr int64_t few = 16;  // columns that every step of a base can take
+// Of tables, that stay in L1: 28 of the 32 KiB that the smallest one has.
+constexpr int64_t near_floats = HadamardBase::most_bundles * HadamardBase::table * 32;
 
 // Asks for the next row, as many lines in each of `passes` passes over this one as they work on:
 // memory, which rests while a pass runs in the caches, is then never the slowest.
@@ -192,12 +194,12 @@ static void short_sylvester(const T* x, float* z, int64_t width, const float* si
       }
 }
 
-// The 16 signed sums of four vectors, entry p: bit i of p set means input i is subtracted.
+// The eight sums of four vectors that add the first, `stride` apart (HadamardBase::table).
 FEWBIT_INLINE void tabulate(const F32 (&x)[4], float* table, int64_t stride) {
-  const F32 low[4] = {x[0] + x[1], x[1] - x[0], x[0] - x[1], F32::zero() - (x[0] + x[1])};
+  const F32 low[2] = {x[0] + x[1], x[0] - x[1]};
   const F32 high[4] = {x[2] + x[3], x[3] - x[2], x[2] - x[3], F32::zero() - (x[2] + x[3])};
-#pragma GCC unroll 16
-  for (int p = 0; p < 16; ++p) (low[p & 3] + high[p >> 2]).store(table + p * stride);
+#pragma GCC unroll 8
+  for (int p = 0; p < 8; ++p) (low[p & 1] + high[p >> 1]).store(table + p * stride);
 }
 
 template <int n>
@@ -205,39 +207,36 @@ struct Count {
   static constexpr int value = n;
 };
 
-// Calls run(Count, first) for all of `order` outputs, `most` at a time and the rest one by one: a
+// Calls run(Count, o) for outputs first .. last - 1, `most` at a time while there are as many: a
 // count known to the compiler keeps their sums in registers.
 template <int most, class F>
-FEWBIT_INLINE void for_outputs(int64_t order, const F& run) {
-  int64_t o = 0;
-  for (; o + most <= order; o += most) run(Count<most>{}, o);
-  for (; o < order; ++o) run(Count<1>{}, o);
+FEWBIT_INLINE void for_outputs(int64_t first, int64_t last, const F& run) {
+  for (; first + most <= last; first += most) run(Count<most>{}, first);
+  if constexpr (most > 1) for_outputs<most / 2>(first, last, run);
 }
 
-// Lanes of tables, 16 rows each, that stay in L1: 28 of the 32 KiB that the smallest one has.
-constexpr int64_t near_lanes = 448;
-
-// y = B^T z for `columns` columns of z, rows `from` apart, B given by its sign patterns; y, rows
-// `to` apart, may be z.
+// y = B^T z for `columns` columns of z, rows `from` apart, through tables; y, rows `to` apart, may
+// be z.
 template <int columns, bool paired, class T>
-static void by_patterns(const HadamardBase& base, const float* z, int64_t from, T* y, int64_t to,
-                        Finish finish, Ahead& ahead) {
+static void by_tables(const HadamardBase& base, const float* z, int64_t from, T* y, int64_t to,
+                      Finish finish, Ahead& ahead) {
   constexpr int lanes = paired ? 2 * columns : columns;  // sums of pairs, then differences
   constexpr int side = columns / F32::width, vectors = lanes / F32::width;
   constexpr int outputs = vectors >= 8 ? 1 : 8 / vectors;  // so that 8 sums are under way
-  constexpr int64_t most = near_lanes / lanes;             // bundles whose tables stay in L1
-  const int64_t order = base.order(), bundles = base.bundles();
-  const int64_t steps = (bundles + most - 1) / most, chunk = (bundles + steps - 1) / steps;
-  alignas(64) float tables[most * 16 * lanes];
-  alignas(64) float sums[HadamardBase::max_pattern / (paired ? 2 : 1) * lanes];
-  for (int64_t g0 = 0; g0 < bundles; g0 += chunk) {
-    const int64_t count = bundles - g0 < chunk ? bundles - g0 : chunk;
+  constexpr int64_t bundle = HadamardBase::bundle, table = HadamardBase::table * lanes;
+  const int64_t order = base.order(), bundles = base.bundles(), step = base.step_bundles();
+  alignas(64) float tables[near_floats];
+  alignas(64) float sums[HadamardBase::max_tables / (paired ? 2 : 1) * lanes];
+  const uint16_t* places = base.places;
+  const uint8_t* added = base.added;
+  for (int64_t g0 = 0; g0 < bundles; g0 += step, places += order, added += order) {
+    const int64_t count = bundles - g0 < step ? bundles - g0 : step;
     for (int64_t g = 0; g < count; ++g)
       for (int v = 0; v < side; ++v) {
-        F32 sum[4], difference[4];
-        float* table = tables + g * 16 * lanes + v * F32::width;
-        for (int i = 0; i < 4; ++i) {
-          const int64_t r = (g0 + g) * 4 + i;
+        F32 sum[bundle], difference[bundle];
+        float* to = tables + g * table + v * F32::width;
+        for (int i = 0; i < bundle; ++i) {
+          const int64_t r = (g0 + g) * bundle + i;
           const float* row = z + (paired ? 2 * r : r) * from + v * F32::width;
           sum[i] = r < order ? F32::load(row) : F32::zero();
           if constexpr (paired) {
@@ -246,46 +245,62 @@ static void by_patterns(const HadamardBase& base, const float* z, int64_t from, 
             sum[i] = sum[i] + second;
           }
         }
-        tabulate(sum, table, lanes);
-        if constexpr (paired) tabulate(difference, table + columns, lanes);
+        tabulate(sum, to, lanes);
+        if constexpr (paired) tabulate(difference, to + columns, lanes);
       }
     const bool start = g0 == 0, end = g0 + count == bundles;
-    for_outputs<outputs>(order, [&](auto some, int64_t o) {
-      constexpr int here = some.value;
-      const uint8_t* pattern = base.patterns + g0 * order + o;
-      F32 sum[here][vectors];
+    for (int64_t first = 0, last = 0; first < order; first = last) {
+      const int64_t plus = added[first];
+      while (last < order && added[last] == plus) ++last;
+      for_outputs<outputs>(first, last, [&](auto some, int64_t j) {
+        constexpr int here = some.value;
+        const uint8_t* term = base.terms + g0 * order + j;
+        F32 sum[here][vectors];
 #pragma GCC unroll 8
-      for (int i = 0; i < here; ++i)
-#pragma GCC unroll 8
-        for (int v = 0; v < vectors; ++v)
-          sum[i][v] = start ? F32::zero() : F32::load(sums + (o + i) * lanes + v * F32::width);
-      for (int64_t g = 0; g < count; ++g, pattern += order)
-#pragma GCC unroll 8
-        for (int i = 0; i < here; ++i) {
-          const float* entry = tables + (g * 16 + pattern[i]) * lanes;
+        for (int i = 0; i < here; ++i)
 #pragma GCC unroll 8
           for (int v = 0; v < vectors; ++v)
-            sum[i][v] = sum[i][v] + F32::load(entry + v * F32::width);
-        }
-      if (end) ahead.step(here * lanes / 16);
+            sum[i][v] =
+                start ? F32::zero() : F32::load(sums + places[j + i] * lanes + v * F32::width);
+        int64_t t = 0;
+        const auto take = [&](int64_t stop, const auto& add) {
+          for (; t < stop; ++t, term += order) {
+            uint64_t all = 0;  // in one load: a vector's takes as long as two of these
+            __builtin_memcpy(&all, term, here);
 #pragma GCC unroll 8
-      for (int i = 0; i < here; ++i)
+            for (int i = 0; i < here; ++i) {
+              const float* entry = tables + int64_t(all >> 8 * i & 255u) * lanes;
 #pragma GCC unroll 8
-        for (int v = 0; v < vectors; ++v) {
-          if (!end) {
-            sum[i][v].store(sums + (o + i) * lanes + v * F32::width);
-          } else if constexpr (!paired) {
-            finish.put(sum[i][v], y + (o + i) * to + v * F32::width);
-          } else if (v < side) {  // less twice the other of the pair, read before either is written
-            const F32 minus = F32::set(-2.0f);
-            const float* pair = z + 2 * (o + i) * from + v * F32::width;
-            const F32 first = F32::load(pair), second = F32::load(pair + from);
-            T* at = y + 2 * (o + i) * to + v * F32::width;
-            finish.put(fma(second, minus, sum[i][v]), at);
-            finish.put(fma(first, minus, sum[i][v + side]), at + to);
+              for (int v = 0; v < vectors; ++v)
+                sum[i][v] = add(sum[i][v], F32::load(entry + v * F32::width));
+            }
+          }
+        };
+        take(plus, [](F32 a, F32 b) { return a + b; });
+        take(count, [](F32 a, F32 b) { return a - b; });
+        if (end) ahead.step(here * lanes / 16);
+#pragma GCC unroll 8
+        for (int i = 0; i < here; ++i) {
+          const int64_t o = places[j + i];
+#pragma GCC unroll 8
+          for (int v = 0; v < vectors; ++v) {
+            if (!end) {
+              sum[i][v].store(sums + o * lanes + v * F32::width);
+            } else if constexpr (!paired) {
+              finish.put(sum[i][v], y + o * to + v * F32::width);
+            } else if (v < side) {
+              // Less twice the other of the pair, read before either is written.
+              const F32 minus = F32::set(-2.0f);
+              const float* pair = z + 2 * o * from + v * F32::width;
+              const F32 one = F32::load(pair), other = F32::load(pair + from);
+              T* at = y + 2 * o * to + v * F32::width;
+              finish.put(fma(other, minus, sum[i][v]), at);
+              finish.put(fma(one, minus, sum[i][v + side]), at + to);
+            }
           }
         }
-    });
+      });
+    }
   }
 }
 
@@ -296,7 +311,7 @@ static void by_products(const HadamardBase& base, const float* z, int64_t from, 
   constexpr int vectors = columns / F32::width;
   constexpr int outputs = vectors >= 8 ? 1 : vectors == 4 ? 4 : 8 / vectors;
   const int64_t m = base.m;
-  for_outputs<outputs>(m, [&](auto some, int64_t o) {
+  for_outputs<outputs>(0, m, [&](auto some, int64_t o) {
     constexpr int here = some.value;
     F32 sum[here][vectors];
     for (int i = 0; i < here; ++i)
@@ -337,7 +352,7 @@ static void by_halves(const HadamardBase& base, const float* z, int64_t from, T*
       (a + b).store(folded[0][i] + v * F32::width);
       (a - b).store(folded[1][i] + v * F32::width);
     }
-  for_outputs<outputs>(half, [&](auto some, int64_t o) {
+  for_outputs<outputs>(0, half, [&](auto some, int64_t o) {
     constexpr int here = some.value;
     F32 sum[2][here][vectors];
     for (int s = 0; s < 2; ++s)
@@ -401,27 +416,27 @@ static void side_by_side(const HadamardBase& base, const float* z, int64_t inner
       c += columns;
     };
     const int64_t left = inner - c;
-    // Wide tables where all of them stay in L1: a pattern is read once for more columns.
-    const int wide = base.bundles() <= near_lanes / 64 ? 64 : 32;
+    // Wide tables where all of them stay in L1: a term is read once for more columns.
+    const int wide = base.bundles() <= HadamardBase::most_bundles / 2 ? 64 : 32;
     constexpr int broad = F32::width == 16 ? 64 : few;  // as the registers allow
     if (base.halves && base.m <= most_folded<broad> && left >= broad)
       step(by_halves<broad, T>, broad);
     else if (base.halves && base.m <= most_folded<few>)
       step(by_halves<few, T>, few);
-    else if (!base.patterns && left >= 64)
+    else if (!base.terms && left >= 64)
       step(by_products<64, T>, 64);
-    else if (!base.patterns)
+    else if (!base.terms)
       step(by_products<few, T>, few);
     else if (base.paired && wide == 64 && left >= 32)
-      step(by_patterns<32, true, T>, 32);
+      step(by_tables<32, true, T>, 32);
     else if (base.paired)
-      step(by_patterns<few, true, T>, few);
+      step(by_tables<few, true, T>, few);
     else if (wide == 64 && left >= 64)
-      step(by_patterns<64, false, T>, 64);
+      step(by_tables<64, false, T>, 64);
     else if (left >= 32)
-      step(by_patterns<32, false, T>, 32);
+      step(by_tables<32, false, T>, 32);
     else
-      step(by_patterns<few, false, T>, few);
+      step(by_tables<few, false, T>, few);
   }
 }
 
@@ -430,7 +445,7 @@ static void side_by_side(const HadamardBase& base, const float* z, int64_t inner
 template <int run, class T>
 static void brought_together(const HadamardBase& base, const float* z, int64_t outer, int64_t inner,
                              T* y, float scale, Ahead& ahead) {
-  alignas(64) float panel[HadamardBase::max_pattern * few];
+  alignas(64) float panel[HadamardBase::max_tables * few];
   const int64_t m = base.m;
   for (int64_t j = 0; j < outer * inner; j += few) {
     int64_t place[few / run];
@@ -443,9 +458,9 @@ static void brought_together(const HadamardBase& base, const float* z, int64_t o
       for (int64_t r = 0; r < runs; ++r)
         __builtin_memcpy(panel + i * few + r * run, z + place[r] + i * inner, run * 4);
     if (base.paired)
-      by_patterns<few, true>(base, panel, few, panel, few, {scale, false}, ahead);
+      by_tables<few, true>(base, panel, few, panel, few, {scale, false}, ahead);
     else
-      by_patterns<few, false>(base, panel, few, panel, few, {scale, false}, ahead);
+      by_tables<few, false>(base, panel, few, panel, few, {scale, false}, ahead);
     for (int64_t i = 0; i < m; ++i)
       for (int64_t r = 0; r < runs; ++r)
         for (int e = 0; e < run; ++e)
@@ -461,7 +476,7 @@ static void apply(const HadamardBase& base, const float* z, int64_t width, int64
   if (inner % few == 0)
     for (int64_t b = 0; b < width; b += matrix)
       side_by_side(base, z + b, inner, y + b, finish, ahead);
-  else if (!base.patterns)
+  else if (!base.terms)
     for (int64_t b = 0; b < width; b += matrix)
       by_column(base, z + b, inner, column, y + b, finish.scale);
   else if (inner % 8 == 0)
@@ -509,7 +524,7 @@ static void rows(const Hadamard& a, int64_t begin, int64_t end) {
     float* from = z;
     int64_t inner = n;
     for (int64_t i = a.count - 1; i >= 0; inner *= a.bases[i--].m) {
-      float* to = a.bases[i].patterns ? from : from == z ? spare : z;
+      float* to = a.bases[i].terms ? from : from == z ? spare : z;
       if (i == 0)
         apply(a.bases[i], from, a.width, inner, y, finish, ahead);
       else

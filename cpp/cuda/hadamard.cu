@@ -64,7 +64,7 @@ FEWBIT_DEVICE void base_column(const HadamardRows::Base& b, const float* z, int 
       if (i < m && o + j < m) s.v[j] = b.signs[i * m + o + j];
     return s;
   };
-  if (b.signs && m <= HadamardBase::max_pattern) {  // four rows at a time
+  if (b.signs && m <= HadamardBase::max_tables) {  // four rows at a time
     for (int i = 0; i < m; i += 4) {
       const float x[4] = {value(i), value(i + 1), value(i + 2), value(i + 3)};
       Vector<int8_t, 4> s[4];

@@ -2,34 +2,46 @@
 // n = m_1 m_2 .. 2^k.
 //
 // H is Sylvester's matrix, done as k butterflies; each B is an orthogonal m x m matrix. Where B is
-// a Hadamard matrix over sqrt(m), its rows are taken four at a time: the 16 signed sums of four
-// inputs are tabulated once, so that each of the m outputs needs m / 4 additions (the "four
-// Russians": V. Arlazarov, E. Dinic, M. Kronrod, I. Faradzhev, 1970). A matrix of Paley's second
-// kind is C (x) [1 1; 1 -1] - 2 I (x) [0 1; 1 0] with C of half its order: both halves of a pair go
-// through the same C, m / 8 additions an output. Any other B is m multiply-adds an output; one of
-// odd order that reversing rows and columns 1 .. m - 1 leaves as it is, as Hartley's, half as many:
-// sums x_i + x_{m-i} and differences go each through a matrix of half the order. float32
-// throughout, scaled once at the end; the order of the sums depends on n only, so every instruction
-// set gives the same bits.
+// a Hadamard matrix over sqrt(m), its rows are taken four at a time: the eight sums of four inputs
+// that add the first are tabulated once, so that each of the m outputs is m / 4 of them, added or
+// subtracted (the "four Russians": V. Arlazarov, E. Dinic, M. Kronrod, I. Faradzhev, 1970). A
+// matrix of Paley's second kind is C (x) [1 1; 1 -1] - 2 I (x) [0 1; 1 0] with C of half its order:
+// both halves of a pair go through the same C, m / 8 additions an output. Any other B is m
+// multiply-adds an output; one of odd order that reversing rows and columns 1 .. m - 1 leaves as it
+// is, as Hartley's, half as many: sums x_i + x_{m-i} and differences go each through a matrix of
+// half the order. float32 throughout, scaled once at the end; the order of the sums depends on n
+// only, so every instruction set gives the same bits.
 #pragma once
 #include "fewbit/dtype.h"
 #include "fewbit/kernel.h"
+#include "fewbit/layout.h"
 
 namespace fewbit {
 
 struct HadamardBase {
-  static constexpr int64_t bundle = 4;          // rows of B per table
-  static constexpr int64_t max_pattern = 1024;  // largest m with tables
+  static constexpr int64_t bundle = 4;         // rows of B to a table
+  static constexpr int64_t table = 8;          // sums: bit i of a number, input i + 1 is subtracted
+  static constexpr int64_t most_bundles = 28;  // of a step: tables of 32 columns take 28 KiB
+  static constexpr int64_t max_tables = 1024;  // largest m with tables
 
   int64_t m;
-  bool paired;              // of Paley's second kind; the patterns are C's
-  const uint8_t* patterns;  // [bundles, order]: bit i of (g, o) is set where B[4 g + i][o] < 0
-  const float* products;    // [m, m], B, where patterns is null
-  const float* halves;      // [2, half, half]: (B[i][o] +- B[m - i][o]) / 2; null without symmetry
+  bool paired;  // of Paley's second kind; the tables serve C
+
+  // With tables: the outputs of a step by how many sums they add, and their terms, 8 times the
+  // bundle in the step and the sum, those that are added first. So a subtraction costs what an
+  // addition does, and no output needs a choice of its own.
+  const uint8_t* terms;    // [bundles, order]; null: no tables
+  const uint16_t* places;  // [steps, order]: which output
+  const uint8_t* added;    // [steps, order]: how many terms
+
+  const float* products;  // [m, m], B, where terms is null
+  const float* halves;    // [2, half, half]: (B[i][o] +- B[m - i][o]) / 2; null without symmetry
 
   FEWBIT_ALWAYS_INLINE int64_t order() const { return paired ? m / 2 : m; }
   FEWBIT_ALWAYS_INLINE int64_t half() const { return (m + 1) / 2; }
-  FEWBIT_ALWAYS_INLINE int64_t bundles() const { return (order() + bundle - 1) / bundle; }
+  FEWBIT_ALWAYS_INLINE int64_t bundles() const { return ceil_div(order(), bundle); }
+  FEWBIT_ALWAYS_INLINE int64_t steps() const { return ceil_div(bundles(), most_bundles); }
+  FEWBIT_ALWAYS_INLINE int64_t step_bundles() const { return ceil_div(bundles(), steps()); }
 };
 
 struct Hadamard {
