@@ -11,15 +11,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import statistics
 from pathlib import Path
 
 from fewbit.bench.accuracy import TABLE
+from readmes import ROOT, write
 
-ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "tests" / "results"
-READMES = [ROOT / "README.md", *sorted((ROOT / "python/fewbit/docs").glob("README.*.md"))]
 MODELS = ["opt-tiny", "opt-tiny-outliers", "llama-tiny", "llama-tiny-outliers"]
 GOALS = {"w4a16g128": 0.5, "w3a16g128": 2.0, "w2a16g64": 15.0, "w4a4": 5.0}  # % above float
 
@@ -210,17 +208,6 @@ def tables() -> dict[str, str]:
     return found
 
 
-def put(text: str, name: str, table: str) -> str:
-    """``text`` with ``table`` between its two marks, of which the first may translate whole cells:
-    <!-- accuracy table: begin; float=FLOAT -->"""
-    mark = re.search(rf"<!-- {name} table: begin(.*?) -->\n", text)
-    end = text.index(f"<!-- {name} table: end -->")
-    for pair in filter(None, mark[1].split("; ")):
-        word, translated = pair.split("=")
-        table = table.replace(f"| {word} |", f"| {translated} |")
-    return f"{text[: mark.end()]}{table}\n{text[end:]}"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--add", nargs="+", type=Path, default=[], metavar="FILE")
@@ -228,13 +215,10 @@ def main() -> None:
     arguments = parser.parse_args()
     for path in arguments.add:
         add(path)
-    for name, table in tables().items():
-        if not arguments.write:
-            print(f"{table}\n")
-            continue
-        for path in READMES:
-            text = put(path.read_text(encoding="utf-8"), name, table)
-            path.write_text(text, encoding="utf-8")
+    if arguments.write:
+        write(tables())
+    else:
+        print("\n\n".join(tables().values()))
 
 
 if __name__ == "__main__":

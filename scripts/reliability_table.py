@@ -8,11 +8,8 @@ from __future__ import annotations
 
 import re
 import sys
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-READMES = [ROOT / "README.md", *sorted((ROOT / "python/fewbit/docs").glob("README.*.md"))]
-BEGIN, END = "<!-- reliability table: begin -->", "<!-- reliability table: end -->"
+from readmes import ROOT, write
 
 FAULTS = (
     "Hessian not positive definite",
@@ -63,13 +60,10 @@ def table() -> str:
 
 
 def main() -> None:
-    if "--write" not in sys.argv[1:]:
+    if "--write" in sys.argv[1:]:
+        write({"reliability": table()})
+    else:
         print(table())
-        return
-    for path in READMES:
-        text = path.read_text(encoding="utf-8")
-        start, end = text.index(BEGIN) + len(BEGIN), text.index(END)
-        path.write_text(f"{text[:start]}\n{table()}\n{text[end:]}", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,22 +1,18 @@
 """The README's tables are what scripts/accuracy_table.py makes of the stored measurements."""
 
-import importlib.util
 import json
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
-SPEC = importlib.util.spec_from_file_location("accuracy_table", ROOT / "scripts/accuracy_table.py")
-accuracy_table = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(accuracy_table)
+import accuracy_table
+from readmes import READMES, ROOT, put
 
 
 def test_every_readme_holds_the_tables():
-    for path in accuracy_table.READMES:
+    for path in READMES:
         text = path.read_text(encoding="utf-8")
         for name, table in accuracy_table.tables().items():
-            assert accuracy_table.put(text, name, table) == text, (
+            assert put(text, name, table) == text, (
                 f"{path.name}: run python scripts/accuracy_table.py --write"
             )
 
@@ -24,7 +20,7 @@ def test_every_readme_holds_the_tables():
 def test_marks_translate_heads():
     begin, end = "<!-- goals table: begin; goal=Ziel; float=reell -->", "<!-- goals table: end -->"
     text = "\n".join(["a", begin, "old", end, "b"])
-    new = accuracy_table.put(text, "goals", "| goal | x |\n| floats | goal |")
+    new = put(text, "goals", "| goal | x |\n| floats | goal |")
     assert new.splitlines() == ["a", begin, "| Ziel | x |", "| floats | Ziel |", end, "b"]
 
 
