@@ -108,6 +108,21 @@ def test_large_results_are_the_same(isa, n, dtype):
     assert torch.equal(whole[: len(x) // 2], whole[len(x) // 2 :])
 
 
+@pytest.mark.parametrize(
+    "m, inner", [(1, 8), (2, 4), (6, 1), (7, 16), (18, 8), (113, 64), (1024, 16)]
+)
+def test_any_matrix_of_signs(isa, m, inner):
+    """Orders that are no multiple of a bundle, few and many steps of tables."""
+    signs = torch.randint(0, 2, (m, m), generator=torch.Generator().manual_seed(m)) * 2 - 1
+    x = torch.randn(3, m * inner, generator=torch.Generator().manual_seed(0))
+    ours = ops.hadamard(x, [signs.to(torch.int8)])
+    want = reference.hadamard(x.double(), [signs.to(torch.int8)], None)
+    # m / 4 + log2(inner) + 3 additions a number, each of relative error 2^-24 of sum |x| at most.
+    sums = x.double().abs().sum(1, keepdim=True) / (m * inner) ** 0.5
+    bound = (m / 4 + inner.bit_length() + 3) * 2.0**-24 * sums
+    assert bool(((ours - want).abs() <= bound).all())
+
+
 def test_a_base_that_changes_in_place():
     """What is made of a matrix is kept by what the matrix holds, not by where it lies."""
     x = torch.randn(2, 44 * 4)

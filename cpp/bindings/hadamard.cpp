@@ -56,6 +56,7 @@ struct Factor {
   std::vector<uint8_t> terms, added;
   std::vector<uint16_t> places;
   std::vector<float> products, halves;
+  std::vector<char> copy;  // of the matrix, where the factor is kept
 
   Factor(const Factor&) = delete;  // base points into the others
   Factor& operator=(const Factor&) = delete;
@@ -88,6 +89,22 @@ struct Factor {
     sort_outputs(b);
   }
 
+  // Whether it took more than a look at the matrix to make this.
+  bool is_derived() const { return base.terms || base.halves; }
+
+  bool is_of(const Tensor& other) const {
+    return base.m == other.size(0) && matrix.scalar_type() == other.scalar_type() &&
+           std::memcmp(copy.data(), other.const_data_ptr(), copy.size()) == 0;
+  }
+
+  // Copies what the caller may change. Not by torch, whose threads a forked child lacks.
+  void keep() {
+    const char* from = static_cast<const char*>(matrix.const_data_ptr());
+    copy.assign(from, from + matrix.numel() * int64_t(matrix.element_size()));
+    if (base.products) base.products = reinterpret_cast<const float*>(copy.data());
+    matrix = empty({0}, matrix.scalar_type());
+  }
+
   // The terms of every output, and the outputs of every step by how many they add. b [m, m].
   void sort_outputs(const int8_t* b) {
     const int64_t m = base.m, order = base.order(), skip = m / order, bundles = base.bundles();
@@ -112,14 +129,15 @@ struct Factor {
       for (int64_t plus = 0; plus <= count; ++plus)
         for (const uint16_t o : adding[plus]) {
           uint8_t* to = terms.data() + g0 * order + int64_t(places.size()) % order;
+          int64_t term = 0;
           places.push_back(o);
           added.push_back(uint8_t(plus));
           for (const bool less : {false, true})
             for (int64_t g = 0; g < count; ++g) {
               const int signs = here[g * order + o];
               if ((signs & 1) != less) continue;
-              *to = uint8_t(g * HadamardBase::table + ((less ? 15 - signs : signs) >> 1));
-              to += order;
+              const int sum = (less ? 15 - signs : signs) >> 1;
+              to[term++ * order] = uint8_t(g * HadamardBase::table + sum);
             }
         }
     }
@@ -129,29 +147,26 @@ struct Factor {
   }
 };
 
-int64_t bytes_of(const Tensor& t) { return t.numel() * int64_t(t.element_size()); }
-
 // The factor of `given`. The last ones are kept, by what their matrices hold: to make one of order
 // 172 takes as long as three rows of 11008 numbers through it.
 std::shared_ptr<const Factor> factor_of(const Tensor& given) {
-  constexpr int64_t most_bytes = 1 << 20;
+  constexpr int64_t most_elements = HadamardBase::max_tables * HadamardBase::max_tables;
   constexpr size_t most = 16;
-  static std::mutex& guard = *new std::mutex;
-  static auto& kept = *new std::array<std::shared_ptr<const Factor>, most>;
+  static std::mutex guard;
+  static auto& kept =
+      *new std::array<std::shared_ptr<const Factor>, most>;  // never freed: threads may be in it
   static size_t next = 0;
   const Tensor matrix = dense(given);
-  if (bytes_of(matrix) > most_bytes) return std::make_shared<const Factor>(matrix);
   // A forked child may find the lock taken, for ever: it does without.
   const std::unique_lock<std::mutex> lock(guard, std::try_to_lock);
-  if (!lock) return std::make_shared<const Factor>(matrix);
-  for (const auto& factor : kept)
-    if (factor && factor->base.m == matrix.size(0) &&
-        factor->matrix.scalar_type() == matrix.scalar_type() &&
-        std::memcmp(factor->matrix.const_data_ptr(), matrix.const_data_ptr(),
-                    size_t(bytes_of(matrix))) == 0)
-      return factor;
-  const auto made = std::make_shared<const Factor>(torch::stable::clone(matrix));
-  kept[next++ % most] = made;
+  if (lock)
+    for (const auto& factor : kept)
+      if (factor && factor->is_of(matrix)) return factor;
+  const auto made = std::make_shared<Factor>(matrix);
+  if (lock && made->is_derived() && matrix.numel() <= most_elements) {
+    made->keep();
+    kept[next++ % most] = made;
+  }
   return made;
 }
 

@@ -264,9 +264,9 @@ static void by_tables(const HadamardBase& base, const float* z, int64_t from, T*
                 start ? F32::zero() : F32::load(sums + places[j + i] * lanes + v * F32::width);
         int64_t t = 0;
         const auto take = [&](int64_t stop, const auto& add) {
-          for (; t < stop; ++t, term += order) {
+          for (; t < stop; ++t) {
             uint64_t all = 0;  // in one load: a vector's takes as long as two of these
-            __builtin_memcpy(&all, term, here);
+            __builtin_memcpy(&all, term + t * order, here);
 #pragma GCC unroll 8
             for (int i = 0; i < here; ++i) {
               const float* entry = tables + int64_t(all >> 8 * i & 255u) * lanes;

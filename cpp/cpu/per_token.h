@@ -64,7 +64,7 @@ FEWBIT_INLINE TokenStep fit_token(const T* x, const uint8_t* skip, int64_t n, To
 }
 
 // The codes of n columns, in pieces: one that holds a middle of two codes is divided by s. The next
-// row, `ahead` columns behind this one, is asked for on the way.
+// row, `ahead` columns behind this one, is asked for on the way; 0: there is none.
 template <bool clamped, class T>
 FEWBIT_INLINE void codes_of_token(const T* x, const uint8_t* skip, int64_t n, int64_t ahead,
                                   TokenStep step, TokenGrid grid, int8_t* q) {
@@ -77,7 +77,7 @@ FEWBIT_INLINE void codes_of_token(const T* x, const uint8_t* skip, int64_t n, in
   for (; i < whole; i += piece) {
     const int64_t count = whole - i < piece ? whole - i : piece;
     const auto load = [&](int64_t k) {
-      ask_later(x + ahead + i + k);
+      if (ahead > 0) ask_later(x + ahead + i + k);
       return columns_of(x, skip, i + k);
     };
     uint8_t* to = reinterpret_cast<uint8_t*>(q + i);

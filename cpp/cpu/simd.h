@@ -677,7 +677,7 @@ FEWBIT_INLINE void put_pieces(int64_t n, bool past, T* out, const F& make) {
 
 // Calls add(i, c) for every whole vector of n columns, in turn with each of the chains c of
 // dependent instructions, whose latency they hide from each other; the columns that this makes.
-constexpr int chains = 2;
+constexpr int chains = 2;  // their users name both
 template <class F>
 FEWBIT_INLINE int64_t in_chains(int64_t n, const F& add) {
   int64_t i = 0;

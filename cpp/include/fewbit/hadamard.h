@@ -10,7 +10,7 @@
 // multiply-adds an output; one of odd order that reversing rows and columns 1 .. m - 1 leaves as it
 // is, as Hartley's, half as many: sums x_i + x_{m-i} and differences go each through a matrix of
 // half the order. float32 throughout, scaled once at the end; the order of the sums depends on n
-// only, so every instruction set gives the same bits.
+// and the bases only, so every instruction set gives the same bits.
 #pragma once
 #include "fewbit/dtype.h"
 #include "fewbit/kernel.h"
@@ -56,7 +56,7 @@ struct Hadamard {
   int64_t rows;
   int64_t width;  // at most max_width
   int k;
-  float scale;  // of the result: 1 / sqrt(2^k), over sqrt(m) of each base with patterns
+  float scale;  // of the result: 1 / sqrt(2^k), over sqrt(m) of each base of +1 and -1
   bool past;    // write y past the caches
 
   FEWBIT_ALWAYS_INLINE int64_t tasks() const { return rows; }
