@@ -21,6 +21,23 @@ def test_matches_reference_bit_for_bit(isa, rows, columns, group_size, bits, sym
                 torch.testing.assert_close(g, r, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("scale_dtype", ["float32", "float16", "bfloat16"])
+def test_groups_that_are_unlike_their_neighbours(isa, scale_dtype, symmetric):
+    """Steps are made for several groups at once: one that is zero, huge, tiny, infinite or no
+    number changes nothing for the others; 1 to 40 groups of a row, the last of them shorter."""
+    factors = [1.0, 0.0, 1e-30, 1e38, 1e-6, 5e5, float("inf"), float("nan"), 2.0**-14, 65504.0 * 7]
+    for groups in (1, 7, 15, 16, 17, 40):
+        for odd in range(groups if groups < 17 else 1):
+            w = torch.rand(len(factors), groups * 20 - 3) * 2 - 1
+            w[:, 20 * odd : 20 * odd + 20] *= torch.tensor(factors)[:, None]
+            w[:, 20 * odd + 1] = torch.tensor(factors)  # the range's end
+            got = ops.quantize(w, 4, 20, symmetric, scale_dtype)
+            want = reference.quantize(w, 4, 20, symmetric, scale_dtype)
+            for g, r in zip(got, want, strict=True):
+                torch.testing.assert_close(g, r, rtol=0, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize("bits", BITS)
 def test_weights_between_two_codes(isa, bits):
     """In the middle of two codes, and one and two floats beside it: the quotient decides."""

@@ -57,15 +57,6 @@ FEWBIT_INLINE void compensate(Vector<Real> d, const Real* c, Real* x, int64_t be
     fma(d, V::set(c[i]), V::load(x + i * lanes)).store(x + i * lanes);
 }
 
-// Steps of the ranges lo .. hi of each lane.
-static void make_steps(const float* lo, const float* hi, const Grid& grid, Steps* out) {
-  for (int r = 0; r < lanes; ++r) {
-    const Step g = make_step(lo[r], hi[r], grid);
-    out->s[r] = g.s;
-    out->z[r] = g.z;
-  }
-}
-
 // sum of importance (x - x')^2 over n columns; columns[i] (or first + i) is column i in w.
 template <class Real>
 static void range_loss(const Gptq<Real>& a, const Real* x, int64_t n, const int64_t* columns,
@@ -107,7 +98,7 @@ static void fit_group(const Gptq<Real>& a, int64_t panel, int64_t group, const R
     hi[r] = float(highs[r]);
   }
   Steps best;
-  make_steps(lo, hi, a.grid, &best);
+  make_steps(lo, hi, lanes, a.grid, best.s, best.z);
   if (a.points > 0) {
     Real least_loss[lanes], loss[lanes];
     float low[lanes], high[lanes];
@@ -119,7 +110,7 @@ static void fit_group(const Gptq<Real>& a, int64_t panel, int64_t group, const R
         high[r] = keep * hi[r];
       }
       Steps tried;
-      make_steps(low, high, a.grid, &tried);
+      make_steps(low, high, lanes, a.grid, tried.s, tried.z);
       range_loss(a, x, n, columns, first, tried, loss);
       for (int r = 0; r < lanes; ++r)
         if (loss[r] < least_loss[r]) {

@@ -15,8 +15,46 @@ struct StepLanes {
         inverse(F32::set(inverse_of(g.s))) {}
 };
 
+// The steps of a vector of ranges at once, the bits of make_step; false where one of them is not in
+// the middle of what a half can hold, as almost all are, and make_step has more to look at.
+FEWBIT_INLINE bool usual_steps(F32 lo, F32 hi, const Grid& grid, float* s, float* z) {
+  const F32 qmax = F32::set(float((1 << grid.bits) - 1));
+  if (grid.symmetric) {
+    hi = max(F32::zero() - lo, hi);
+    lo = F32::zero() - hi;
+  }
+  F32 step = (hi - lo) / qmax;
+  if (!all_less(F32::set(0x1p-14f), step) || !all_less(step, F32::set(65504.0f))) return false;
+  const auto rounded = [&](auto* stored) {
+    step.store(stored);
+    step = F32::load(stored);
+  };
+  Half halves[F32::width];
+  BFloat16 bfloats[F32::width];
+  if (grid.scale_dtype == DType::f16) rounded(halves);
+  if (grid.scale_dtype == DType::bf16) rounded(bfloats);
+  step.store(s);
+  (grid.symmetric ? F32::set(float(1 << (grid.bits - 1)))
+                  : min(max(round((F32::zero() - lo) / step), F32::zero()), qmax))
+      .store(z);
+  return true;
+}
+
+// make_step of n ranges, n a multiple of F32::width.
+FEWBIT_INLINE void make_steps(const float* lo, const float* hi, int64_t n, const Grid& grid,
+                              float* s, float* z) {
+  for (int64_t i = 0; i < n; i += F32::width)
+    if (F32::width == 1 || !usual_steps(F32::load(lo + i), F32::load(hi + i), grid, s + i, z + i))
+      for (int64_t j = i; j < i + F32::width; ++j) {
+        const Step g = make_step(lo[j], hi[j], grid);
+        s[j] = g.s;
+        z[j] = g.z;
+      }
+}
+
+// The range of n weights, with 0 in it.
 template <class T>
-FEWBIT_INLINE Step fit(const T* w, int64_t n, const Grid& grid) {
+FEWBIT_INLINE void range_of(const T* w, int64_t n, float& lo, float& hi) {
   F32 least[chains], most[chains];
   for (int c = 0; c < chains; ++c) least[c] = most[c] = F32::zero();
   int64_t i = in_chains(n, [&](int64_t k, int c) {
@@ -25,33 +63,40 @@ FEWBIT_INLINE Step fit(const T* w, int64_t n, const Grid& grid) {
     least[c] = min(v, least[c]);
     most[c] = max(v, most[c]);
   });
-  float lo = reduce_min(min(least[0], least[1])), hi = reduce_max(max(most[0], most[1]));
+  lo = reduce_min(min(least[0], least[1]));
+  hi = reduce_max(max(most[0], most[1]));
   for (; i < n; ++i) {
     const float v = to_float(w[i]);
     lo = v < lo ? v : lo;
     hi = v > hi ? v : hi;
   }
-  return make_step(lo, hi, grid);
 }
 
 // Calls use(group, start, columns, step) for every group of a row. Some groups are fitted before
-// they are used: a fit is a chain of dependent instructions, which one of the next can overlap.
+// they are used: a fit is a chain of dependent instructions, which one of the next can overlap, and
+// their steps are made together.
 template <class T, class F>
 FEWBIT_INLINE void fitted_groups(const T* row, int64_t columns, int64_t group_size,
                                  const Grid& grid, const F& use) {
-  constexpr int64_t most = 8, near = 4096;  // groups, and their columns in all, which stay in L1
+  constexpr int64_t most = 16, near = 4096;  // groups, and their columns in all, which stay in L1
   const int64_t fit_in = near / group_size;
   const int64_t batch = fit_in < 1 ? 1 : fit_in > most ? most : fit_in;
   const auto length = [&](int64_t start) {
     return start + group_size <= columns ? group_size : columns - start;
   };
+  float lo[most], hi[most], s[most], z[most];
   for (int64_t group = 0, first = 0; first < columns; group += batch) {
-    Step step[most];
-    int64_t start = first;
-    for (int64_t i = 0; i < batch && start < columns; ++i, start += group_size)
-      step[i] = fit(row + start, length(start), grid);
-    for (int64_t i = 0; i < batch && first < columns; ++i, first += group_size)
-      use(group + i, first, length(first), step[i]);
+    int64_t count = 0;
+    for (int64_t start = first; count < batch && start < columns; ++count, start += group_size)
+      range_of(row + start, length(start), lo[count], hi[count]);
+    const int64_t whole = (count + F32::width - 1) / F32::width * F32::width;
+    for (int64_t i = count; i < whole; ++i) {  // an ordinary range, which nobody uses
+      lo[i] = -1.0f;
+      hi[i] = 1.0f;
+    }
+    make_steps(lo, hi, whole, grid, s, z);
+    for (int64_t i = 0; i < count; ++i, first += group_size)
+      use(group + i, first, length(first), Step{s[i], z[i], float((1 << grid.bits) - 1)});
   }
 }
 
@@ -59,14 +104,19 @@ FEWBIT_INLINE F32 code(F32 w, const StepLanes& g) {
   return min(max(round_quotient(w, g.s, g.inverse) + g.z, F32::zero()), g.qmax);
 }
 
-// The codes of n weights of one group.
+// The codes of n weights of one group, in pieces: one that holds a middle of two codes is divided
+// by s. The end of a symmetric range is one, unless s has been rounded.
 template <class T>
 FEWBIT_INLINE void codes(const T* w, int64_t n, const Step& g, const StepLanes& lanes, uint8_t* q) {
+  constexpr int64_t piece = 64;
   const int64_t whole = n / F32::width * F32::width;
-  const auto load = [&](int64_t i) { return F32::load(w + i); };
-  if (F32::width == 1 || !codes_by_inverse(whole, load, lanes.inverse, lanes.z, F32::zero(),
-                                           lanes.qmax, g.qmax + 1.0f, q))
-    for (int64_t i = 0; i < whole; i += F32::width) code(load(i), lanes).store(q + i);
+  for (int64_t i = 0; i < whole; i += piece) {
+    const int64_t count = whole - i < piece ? whole - i : piece;
+    const auto load = [&](int64_t k) { return F32::load(w + i + k); };
+    if (F32::width == 1 || !codes_by_inverse(count, load, lanes.inverse, lanes.z, F32::zero(),
+                                             lanes.qmax, g.qmax + 1.0f, q + i))
+      for (int64_t k = 0; k < count; k += F32::width) code(load(k), lanes).store(q + i + k);
+  }
   for (int64_t i = whole; i < n; ++i) q[i] = uint8_t(code(to_float(w[i]), g));
 }
 
