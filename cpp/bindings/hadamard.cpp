@@ -52,18 +52,20 @@ bool is_mirrored(const float* b, int64_t m) {
 // A factor of the transform, with the memory that it reads.
 struct Factor {
   HadamardBase base;
-  Tensor matrix;
+  ScalarType type;
+  Tensor matrix;  // none where the factor is kept
   std::vector<uint8_t> terms, added;
   std::vector<uint16_t> places;
   std::vector<float> products, halves;
-  std::vector<char> copy;  // of the matrix, where the factor is kept
+  std::vector<char> copy;  // of the matrix, where it is
 
   Factor(const Factor&) = delete;  // base points into the others
   Factor& operator=(const Factor&) = delete;
-  explicit Factor(const Tensor& dense_matrix) : matrix(dense_matrix) {
+  explicit Factor(const Tensor& dense_matrix)
+      : type(dense_matrix.scalar_type()), matrix(dense_matrix) {
     const int64_t m = matrix.size(0);
     base = {m, false, nullptr, nullptr, nullptr, nullptr, nullptr};
-    if (matrix.scalar_type() == ScalarType::Float) {
+    if (type == ScalarType::Float) {
       const float* b = data<float>(matrix);
       base.products = b;
       if (!is_mirrored(b, m)) return;
@@ -93,7 +95,7 @@ struct Factor {
   bool is_derived() const { return base.terms || base.halves; }
 
   bool is_of(const Tensor& other) const {
-    return base.m == other.size(0) && matrix.scalar_type() == other.scalar_type() &&
+    return base.m == other.size(0) && type == other.scalar_type() &&
            std::memcmp(copy.data(), other.const_data_ptr(), copy.size()) == 0;
   }
 
@@ -102,16 +104,17 @@ struct Factor {
     const char* from = static_cast<const char*>(matrix.const_data_ptr());
     copy.assign(from, from + matrix.numel() * int64_t(matrix.element_size()));
     if (base.products) base.products = reinterpret_cast<const float*>(copy.data());
-    matrix = empty({0}, matrix.scalar_type());
+    matrix = Tensor();
   }
 
   // The terms of every output, and the outputs of every step by how many they add. b [m, m].
   void sort_outputs(const int8_t* b) {
     const int64_t m = base.m, order = base.order(), skip = m / order, bundles = base.bundles();
     const int64_t step = base.step_bundles();
-    std::vector<uint8_t> sum(bundles * order);  // bit i: input i of the bundle is subtracted
+    constexpr int all = 2 * HadamardBase::table - 1;
+    std::vector<uint8_t> signs(bundles * order);  // bit i: input i of the bundle is subtracted
     for (int64_t i = 0; i < order; ++i) {
-      uint8_t* to = sum.data() + i / HadamardBase::bundle * order;
+      uint8_t* to = signs.data() + i / HadamardBase::bundle * order;
       const int8_t* row = b + i * skip * m;
       const int shift = int(i % HadamardBase::bundle);
       for (int64_t o = 0; o < order; ++o) to[o] |= uint8_t((row[o * skip] < 0) << shift);
@@ -119,7 +122,7 @@ struct Factor {
     terms.resize(bundles * order);
     for (int64_t g0 = 0; g0 < bundles; g0 += step) {
       const int64_t count = std::min(step, bundles - g0);
-      const uint8_t* here = sum.data() + g0 * order;
+      const uint8_t* here = signs.data() + g0 * order;
       std::vector<std::vector<uint16_t>> adding(count + 1);  // outputs, by how many terms they add
       for (int64_t o = 0; o < order; ++o) {
         int64_t plus = 0;
@@ -134,9 +137,9 @@ struct Factor {
           added.push_back(uint8_t(plus));
           for (const bool less : {false, true})
             for (int64_t g = 0; g < count; ++g) {
-              const int signs = here[g * order + o];
-              if ((signs & 1) != less) continue;
-              const int sum = (less ? 15 - signs : signs) >> 1;
+              const int bits = here[g * order + o];
+              if ((bits & 1) != less) continue;
+              const int sum = (less ? all - bits : bits) >> 1;
               to[term++ * order] = uint8_t(g * HadamardBase::table + sum);
             }
         }

@@ -25,14 +25,11 @@ FEWBIT_INLINE bool usual_steps(F32 lo, F32 hi, const Grid& grid, float* s, float
   }
   F32 step = (hi - lo) / qmax;
   if (!all_less(F32::set(0x1p-14f), step) || !all_less(step, F32::set(65504.0f))) return false;
-  const auto rounded = [&](auto* stored) {
+  with_type(grid.scale_dtype, [&](auto* t) {
+    element<decltype(t)> stored[F32::width];
     step.store(stored);
     step = F32::load(stored);
-  };
-  Half halves[F32::width];
-  BFloat16 bfloats[F32::width];
-  if (grid.scale_dtype == DType::f16) rounded(halves);
-  if (grid.scale_dtype == DType::bf16) rounded(bfloats);
+  });
   step.store(s);
   (grid.symmetric ? F32::set(float(1 << (grid.bits - 1)))
                   : min(max(round((F32::zero() - lo) / step), F32::zero()), qmax))
@@ -52,21 +49,21 @@ FEWBIT_INLINE void make_steps(const float* lo, const float* hi, int64_t n, const
       }
 }
 
-// The range of n weights, with 0 in it.
-template <class T>
-FEWBIT_INLINE void range_of(const T* w, int64_t n, float& lo, float& hi) {
+// The range lo .. hi of n numbers, with 0 in it: load(i) gives a vector of them, one(i) a single
+// one.
+template <class Load, class One>
+FEWBIT_INLINE void range_of(int64_t n, const Load& load, const One& one, float& lo, float& hi) {
   F32 least[chains], most[chains];
   for (int c = 0; c < chains; ++c) least[c] = most[c] = F32::zero();
   int64_t i = in_chains(n, [&](int64_t k, int c) {
-    const F32 v = F32::load(w + k);
-    ask_ahead(w + k);
+    const F32 v = load(k);
     least[c] = min(v, least[c]);
     most[c] = max(v, most[c]);
   });
   lo = reduce_min(min(least[0], least[1]));
   hi = reduce_max(max(most[0], most[1]));
   for (; i < n; ++i) {
-    const float v = to_float(w[i]);
+    const float v = one(i);
     lo = v < lo ? v : lo;
     hi = v > hi ? v : hi;
   }
@@ -87,8 +84,15 @@ FEWBIT_INLINE void fitted_groups(const T* row, int64_t columns, int64_t group_si
   float lo[most], hi[most], s[most], z[most];
   for (int64_t group = 0, first = 0; first < columns; group += batch) {
     int64_t count = 0;
-    for (int64_t start = first; count < batch && start < columns; ++count, start += group_size)
-      range_of(row + start, length(start), lo[count], hi[count]);
+    for (int64_t start = first; count < batch && start < columns; ++count, start += group_size) {
+      const T* w = row + start;
+      const auto load = [&](int64_t i) {
+        ask_ahead(w + i);
+        return F32::load(w + i);
+      };
+      const auto one = [&](int64_t i) { return to_float(w[i]); };
+      range_of(length(start), load, one, lo[count], hi[count]);
+    }
     const int64_t whole = (count + F32::width - 1) / F32::width * F32::width;
     for (int64_t i = count; i < whole; ++i) {  // an ordinary range, which nobody uses
       lo[i] = -1.0f;
@@ -104,19 +108,14 @@ FEWBIT_INLINE F32 code(F32 w, const StepLanes& g) {
   return min(max(round_quotient(w, g.s, g.inverse) + g.z, F32::zero()), g.qmax);
 }
 
-// The codes of n weights of one group, in pieces: one that holds a middle of two codes is divided
-// by s. The end of a symmetric range is one, unless s has been rounded.
+// The codes of n weights of one group, in small pieces: the end of a symmetric range is a middle of
+// two codes, unless s has been rounded.
 template <class T>
 FEWBIT_INLINE void codes(const T* w, int64_t n, const Step& g, const StepLanes& lanes, uint8_t* q) {
-  constexpr int64_t piece = 64;
   const int64_t whole = n / F32::width * F32::width;
-  for (int64_t i = 0; i < whole; i += piece) {
-    const int64_t count = whole - i < piece ? whole - i : piece;
-    const auto load = [&](int64_t k) { return F32::load(w + i + k); };
-    if (F32::width == 1 || !codes_by_inverse(count, load, lanes.inverse, lanes.z, F32::zero(),
-                                             lanes.qmax, g.qmax + 1.0f, q + i))
-      for (int64_t k = 0; k < count; k += F32::width) code(load(k), lanes).store(q + i + k);
-  }
+  codes_of<64>(
+      whole, [&](int64_t i) { return F32::load(w + i); }, lanes.s, lanes.inverse, lanes.z,
+      F32::zero(), lanes.qmax, g.qmax + 1.0f, q);
   for (int64_t i = whole; i < n; ++i) q[i] = uint8_t(code(to_float(w[i]), g));
 }
 

@@ -234,7 +234,7 @@ static void by_tables(const HadamardBase& base, const float* z, int64_t from, T*
     for (int64_t g = 0; g < count; ++g)
       for (int v = 0; v < side; ++v) {
         F32 sum[bundle], difference[bundle];
-        float* to = tables + g * table + v * F32::width;
+        float* entries = tables + g * table + v * F32::width;
         for (int i = 0; i < bundle; ++i) {
           const int64_t r = (g0 + g) * bundle + i;
           const float* row = z + (paired ? 2 * r : r) * from + v * F32::width;
@@ -245,8 +245,8 @@ static void by_tables(const HadamardBase& base, const float* z, int64_t from, T*
             sum[i] = sum[i] + second;
           }
         }
-        tabulate(sum, to, lanes);
-        if constexpr (paired) tabulate(difference, to + columns, lanes);
+        tabulate(sum, entries, lanes);
+        if constexpr (paired) tabulate(difference, entries + columns, lanes);
       }
     const bool start = g0 == 0, end = g0 + count == bundles;
     for (int64_t first = 0, last = 0; first < order; first = last) {

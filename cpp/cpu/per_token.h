@@ -63,30 +63,20 @@ FEWBIT_INLINE TokenStep fit_token(const T* x, const uint8_t* skip, int64_t n, To
   return grid.symmetric ? fit_symmetric(x, skip, n, grid) : fit_range(x, skip, n, grid);
 }
 
-// The codes of n columns, in pieces: one that holds a middle of two codes is divided by s. The next
-// row, `ahead` columns behind this one, is asked for on the way; 0: there is none.
+// The codes of n columns. The next row, `ahead` columns behind this one, is asked for on the way;
+// 0: there is none.
 template <bool clamped, class T>
 FEWBIT_INLINE void codes_of_token(const T* x, const uint8_t* skip, int64_t n, int64_t ahead,
                                   TokenStep step, TokenGrid grid, int8_t* q) {
-  constexpr int64_t piece = 256;
   const float reach = step.z == 0.0f ? grid.top() + 2.0f : 256.0f;
-  const F32 s = F32::set(step.s), z = F32::set(step.z), inverse = F32::set(inverse_of(step.s));
-  const F32 low = F32::set(grid.least()), high = F32::set(grid.top());
+  const auto load = [&](int64_t i) {
+    if (ahead > 0) ask_later(x + ahead + i);
+    return columns_of(x, skip, i);
+  };
   const int64_t whole = n / F32::width * F32::width;
-  int64_t i = 0;
-  for (; i < whole; i += piece) {
-    const int64_t count = whole - i < piece ? whole - i : piece;
-    const auto load = [&](int64_t k) {
-      if (ahead > 0) ask_later(x + ahead + i + k);
-      return columns_of(x, skip, i + k);
-    };
-    uint8_t* to = reinterpret_cast<uint8_t*>(q + i);
-    if (F32::width == 1 ||
-        !codes_by_inverse<clamped>(count, load, inverse, z, low, high, reach, to))
-      for (int64_t k = 0; k < count; k += F32::width)
-        min(max(round(load(k) / s) + z, low), high).store(q + i + k);
-  }
-  for (i = whole; i < n; ++i) q[i] = token_code(column_of(x, skip, i), step, grid);
+  codes_of<256, clamped>(whole, load, F32::set(step.s), F32::set(inverse_of(step.s)),
+                         F32::set(step.z), F32::set(grid.least()), F32::set(grid.top()), reach, q);
+  for (int64_t i = whole; i < n; ++i) q[i] = token_code(column_of(x, skip, i), step, grid);
 }
 
 // `fitted`: the step is what fit_token gave.

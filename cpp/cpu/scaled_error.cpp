@@ -7,20 +7,11 @@ namespace fewbit::cpu::FEWBIT_ISA {
 // The step of w s over one group.
 template <class T>
 FEWBIT_INLINE Step fit_scaled(const T* w, const float* s, int64_t n, const Grid& grid) {
-  F32 lo = F32::zero(), hi = lo;
-  int64_t i = 0;
-  for (; i + F32::width <= n; i += F32::width) {
-    const F32 v = F32::load(w + i) * F32::load(s + i);
-    lo = min(v, lo);
-    hi = max(v, hi);
-  }
-  float low = reduce_min(lo), high = reduce_max(hi);
-  for (; i < n; ++i) {
-    const float v = to_float(w[i]) * s[i];
-    low = v < low ? v : low;
-    high = v > high ? v : high;
-  }
-  return make_step(low, high, grid);
+  float lo, hi;
+  range_of(
+      n, [&](int64_t i) { return F32::load(w + i) * F32::load(s + i); },
+      [&](int64_t i) { return to_float(w[i]) * s[i]; }, lo, hi);
+  return make_step(lo, hi, grid);
 }
 
 // A row stays in L1 while all scales are tried on it.

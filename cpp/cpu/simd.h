@@ -736,6 +736,20 @@ FEWBIT_INLINE bool codes_by_inverse(int64_t n, const Load& load, F32 inverse, F3
   return all_less(far, F32::set(0.5f - 0x1p-22f * reach));
 }
 
+// The same in pieces, all of them right: one that holds a middle of two codes is divided by s.
+template <int64_t piece, bool clamped = true, class Load, class Q>
+FEWBIT_INLINE void codes_of(int64_t n, const Load& load, F32 s, F32 inverse, F32 z, F32 low,
+                            F32 high, float reach, Q* q) {
+  for (int64_t i = 0; i < n; i += piece) {
+    const int64_t count = n - i < piece ? n - i : piece;
+    const auto part = [&](int64_t k) { return load(i + k); };
+    if (F32::width == 1 || !codes_by_inverse<clamped>(count, part, inverse, z, low, high, reach,
+                                                      reinterpret_cast<uint8_t*>(q + i)))
+      for (int64_t k = 0; k < count; k += F32::width)
+        min(max(round(part(k) / s) + z, low), high).store(q + i + k);
+  }
+}
+
 // element<T*> is T: the type behind the tag that with_type passes.
 template <class T>
 struct Pointee;
