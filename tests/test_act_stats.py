@@ -38,11 +38,28 @@ def test_independent_of_batching_and_threads(isa):
     assert all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_is_the_chain_of_float64_sums(isa, dtype):
+    """Every size of number that float32 has: sums are kept shrunk, which must change no bit."""
+    x = torch.randn(41, 77) * 2.0 ** torch.linspace(-160, 125, 77)
+    x[:, ::7] *= 2.0 ** torch.linspace(-100, 1, 41)[:, None]
+    x = x.nan_to_num().to(dtype).nan_to_num()  # halves overflow
+    want, most = torch.zeros(77, dtype=torch.float64), torch.zeros(77)
+    for row in x.double().abs():
+        want += row
+        most = torch.maximum(most, row.float())
+    total, top = stats_of(x, 8, 9)
+    assert torch.equal(total, want) and torch.equal(top, most)
+
+
 def test_a_nan_shows(isa):
     x = torch.randn(9, 70)
-    x[4, 66] = float("nan")
-    total, top = stats_of(x)
-    assert total.isnan().nonzero().tolist() == [[66]] and top.isnan().nonzero().tolist() == [[66]]
+    x[4, 66] = x[2, 3] = float("nan")
+    x[3, 3], x[5, 67], x[1, 10] = float("inf"), float("inf"), float("-inf")
+    total, top = stats_of(x, 4, 5)
+    for found in (total, top):
+        assert found.isnan().nonzero().tolist() == [[3], [66]]
+        assert found.isposinf().nonzero().tolist() == [[10], [67]]
 
 
 def test_is_a_proper_torch_op():

@@ -51,6 +51,29 @@ def test_weights_between_two_codes(isa, bits):
     assert torch.equal(got[1], step) and all(map(torch.equal, got, want))
 
 
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("scale_dtype", ["float32", "float16", "bfloat16"])
+def test_ranges_that_want_one_code_too_many(isa, bits, scale_dtype):
+    """Both ends in the middle of two codes, and a scale that was rounded down: the clamp decides,
+    in groups whose neighbours need none."""
+    top = 2**bits - 1
+    low = torch.randint(0, top, (300, 1)) + 0.5
+    w = torch.cat((-low, top - low, (torch.rand(300, 62) * top - low).clamp(-low, top - low)), 1)
+    w *= torch.rand(300, 1) + 0.5
+    grid = (bits, -1, False, scale_dtype)
+    want = reference.quantize(w, *grid)
+    more = (w[:, 1:2] / want[1].float()).round() + want[2] > top
+    assert 0 < int(more.sum()) < 300
+    for columns in (64, 60):
+        part = w[:, :columns].contiguous()
+        got, want = ops.quantize(part, *grid), reference.quantize(part, *grid)
+        assert all(map(torch.equal, got, want))
+    grid = (bits, 64, False, scale_dtype)
+    row = w.flatten()[None]  # the same ranges as groups of one row
+    got, want = ops.quantize(row, *grid), reference.quantize(row, *grid)
+    assert all(map(torch.equal, got, want))
+
+
 def test_oracle_in_plain_python():
     """Codes by the textbook, one number at a time: no tensor code in common."""
     w = torch.randn(4, 24)

@@ -69,9 +69,24 @@ FEWBIT_INLINE void range_of(int64_t n, const Load& load, const One& one, float& 
   }
 }
 
-// Calls use(group, start, columns, step) for every group of a row. Some groups are fitted before
-// they are used: a fit is a chain of dependent instructions, which one of the next can overlap, and
-// their steps are made together.
+// Whether all numbers of n ranges, a multiple of F32::width, get codes 0 .. qmax without a clamp:
+// their ends do, and rounding keeps order. Both ends of an asymmetric range may be rounded away
+// from each other, but to one more than qmax in all only where s has been rounded down.
+FEWBIT_INLINE bool codes_fit(const float* lo, const float* hi, const float* s, const float* z,
+                             int64_t n, const Grid& grid) {
+  const F32 above = F32::set(float(1 << grid.bits) - 0.5f), below = F32::set(-0.5f);
+  bool all = true;
+  for (int64_t i = 0; i < n; i += F32::width) {
+    const F32 step = F32::load(s + i), zero = F32::load(z + i);
+    all = all && all_less(round(F32::load(hi + i) / step) + zero, above) &&
+          all_less(below, round(F32::load(lo + i) / step) + zero);
+  }
+  return all;
+}
+
+// Calls use(group, start, columns, step, fit) for every group of a row; what codes_fit says is true
+// of the group. Some groups are fitted before they are used: a fit is a chain of dependent
+// instructions, which one of the next can overlap, and their steps are made together.
 template <class T, class F>
 FEWBIT_INLINE void fitted_groups(const T* row, int64_t columns, int64_t group_size,
                                  const Grid& grid, const F& use) {
@@ -95,12 +110,13 @@ FEWBIT_INLINE void fitted_groups(const T* row, int64_t columns, int64_t group_si
     }
     const int64_t whole = (count + F32::width - 1) / F32::width * F32::width;
     for (int64_t i = count; i < whole; ++i) {  // an ordinary range, which nobody uses
-      lo[i] = -1.0f;
+      lo[i] = 0.0f;
       hi[i] = 1.0f;
     }
     make_steps(lo, hi, whole, grid, s, z);
+    const bool fit = codes_fit(lo, hi, s, z, whole, grid);
     for (int64_t i = 0; i < count; ++i, first += group_size)
-      use(group + i, first, length(first), Step{s[i], z[i], float((1 << grid.bits) - 1)});
+      use(group + i, first, length(first), Step{s[i], z[i], float((1 << grid.bits) - 1)}, fit);
   }
 }
 
@@ -109,13 +125,18 @@ FEWBIT_INLINE F32 code(F32 w, const StepLanes& g) {
 }
 
 // The codes of n weights of one group, in small pieces: the end of a symmetric range is a middle of
-// two codes, unless s has been rounded.
+// two codes, unless s has been rounded. `fit`: as codes_fit says.
 template <class T>
-FEWBIT_INLINE void codes(const T* w, int64_t n, const Step& g, const StepLanes& lanes, uint8_t* q) {
+FEWBIT_INLINE void codes(const T* w, int64_t n, const Step& g, bool fit, const StepLanes& lanes,
+                         uint8_t* q) {
   const int64_t whole = n / F32::width * F32::width;
-  codes_of<64>(
-      whole, [&](int64_t i) { return F32::load(w + i); }, lanes.s, lanes.inverse, lanes.z,
-      F32::zero(), lanes.qmax, g.qmax + 1.0f, q);
+  const auto load = [&](int64_t i) { return F32::load(w + i); };
+  const F32 zero = F32::zero();
+  if (fit)
+    codes_of<64, false>(whole, load, lanes.s, lanes.inverse, lanes.z, zero, lanes.qmax,
+                        g.qmax + 1.0f, q);
+  else
+    codes_of<64>(whole, load, lanes.s, lanes.inverse, lanes.z, zero, lanes.qmax, g.qmax + 1.0f, q);
   for (int64_t i = whole; i < n; ++i) q[i] = uint8_t(code(to_float(w[i]), g));
 }
 

@@ -10,7 +10,7 @@ static void rows(const PseudoQuantize& a, int64_t begin, int64_t end) {
     const T* row = static_cast<const T*>(a.w) + r * a.columns;
     T* out = static_cast<T*>(a.out) + r * a.columns;  // may be row
     fitted_groups(row, a.columns, a.group_size, a.grid,
-                  [&](int64_t, int64_t start, int64_t n, const Step& g) {
+                  [&](int64_t, int64_t start, int64_t n, const Step& g, bool) {
                     const T* w = row + start;
                     const StepLanes steps(g);
                     put_pieces<T>(n, a.stream, out + start, [&](int64_t k, int64_t c, T* to) {

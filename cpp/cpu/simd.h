@@ -138,12 +138,32 @@ struct F64 {
   FEWBIT_INLINE_MEMBER void store(double* p) const { _mm512_storeu_pd(p, v); }
 };
 
-template <int half>
-FEWBIT_INLINE F64 widened(F32 a) {  // half of the lanes, 0 or 1
-  return {_mm512_maskz_cvtps_pd(
-      0xFF, half ? _mm512_extractf32x8_ps(a.v, 1) : _mm512_castps512_ps256(a.v))};
+// As many doubles as F32 has lanes, those of even lanes before those of odd ones.
+struct Halves {
+  F64 even, odd;
+
+  FEWBIT_INLINE_MEMBER static Halves load(const double* p) {
+    const __m512i at = _mm512_setr_epi64(0, 2, 4, 6, 8, 10, 12, 14);
+    const __m512i next = _mm512_setr_epi64(1, 3, 5, 7, 9, 11, 13, 15);
+    const __m512d low = _mm512_loadu_pd(p), high = _mm512_loadu_pd(p + 8);
+    return {{_mm512_permutex2var_pd(low, at, high)}, {_mm512_permutex2var_pd(low, next, high)}};
+  }
+  FEWBIT_INLINE_MEMBER void store(double* p) const {
+    const __m512i low = _mm512_setr_epi64(0, 8, 1, 9, 2, 10, 3, 11);
+    const __m512i high = _mm512_setr_epi64(4, 12, 5, 13, 6, 14, 7, 15);
+    _mm512_storeu_pd(p, _mm512_permutex2var_pd(even.v, low, odd.v));
+    _mm512_storeu_pd(p + 8, _mm512_permutex2var_pd(even.v, high, odd.v));
+  }
+};
+// |a| 2^-896, exactly, of finite floats: their bits, moved to where a double has them, which is
+// quicker than to convert.
+FEWBIT_INLINE Halves shrunk_abs(F32 a) {
+  const __m512i v = _mm512_castps_si512(a.v), no_sign = _mm512_set1_epi64(0x7FFFFFFF00000000);
+  return {{_mm512_castsi512_pd(_mm512_srli_epi64(_mm512_slli_epi64(v, 33), 4))},
+          {_mm512_castsi512_pd(_mm512_srli_epi64(_mm512_and_si512(v, no_sign), 3))}};
 }
 FEWBIT_INLINE F64 operator+(F64 a, F64 b) { return {_mm512_add_pd(a.v, b.v)}; }
+FEWBIT_INLINE Halves operator+(Halves a, Halves b) { return {a.even + b.even, a.odd + b.odd}; }
 FEWBIT_INLINE F64 operator-(F64 a, F64 b) { return {_mm512_sub_pd(a.v, b.v)}; }
 FEWBIT_INLINE F64 operator*(F64 a, F64 b) { return {_mm512_mul_pd(a.v, b.v)}; }
 FEWBIT_INLINE F64 operator/(F64 a, F64 b) { return {_mm512_div_pd(a.v, b.v)}; }
@@ -394,11 +414,28 @@ struct F64 {
   FEWBIT_INLINE_MEMBER void store(double* p) const { _mm256_storeu_pd(p, v); }
 };
 
-template <int half>
-FEWBIT_INLINE F64 widened(F32 a) {
-  return {_mm256_cvtps_pd(_mm256_extractf128_ps(a.v, half))};
+struct Halves {
+  F64 even, odd;
+
+  FEWBIT_INLINE_MEMBER static Halves load(const double* p) {
+    const __m256d low = _mm256_loadu_pd(p), high = _mm256_loadu_pd(p + 4);
+    return {{_mm256_permute4x64_pd(_mm256_unpacklo_pd(low, high), 0xD8)},
+            {_mm256_permute4x64_pd(_mm256_unpackhi_pd(low, high), 0xD8)}};
+  }
+  FEWBIT_INLINE_MEMBER void store(double* p) const {
+    const __m256d low = _mm256_unpacklo_pd(even.v, odd.v);
+    const __m256d high = _mm256_unpackhi_pd(even.v, odd.v);
+    _mm256_storeu_pd(p, _mm256_permute2f128_pd(low, high, 0x20));
+    _mm256_storeu_pd(p + 4, _mm256_permute2f128_pd(low, high, 0x31));
+  }
+};
+FEWBIT_INLINE Halves shrunk_abs(F32 a) {
+  const __m256i v = _mm256_castps_si256(a.v), no_sign = _mm256_set1_epi64x(0x7FFFFFFF00000000);
+  return {{_mm256_castsi256_pd(_mm256_srli_epi64(_mm256_slli_epi64(v, 33), 4))},
+          {_mm256_castsi256_pd(_mm256_srli_epi64(_mm256_and_si256(v, no_sign), 3))}};
 }
 FEWBIT_INLINE F64 operator+(F64 a, F64 b) { return {_mm256_add_pd(a.v, b.v)}; }
+FEWBIT_INLINE Halves operator+(Halves a, Halves b) { return {a.even + b.even, a.odd + b.odd}; }
 FEWBIT_INLINE F64 operator-(F64 a, F64 b) { return {_mm256_sub_pd(a.v, b.v)}; }
 FEWBIT_INLINE F64 operator*(F64 a, F64 b) { return {_mm256_mul_pd(a.v, b.v)}; }
 FEWBIT_INLINE F64 operator/(F64 a, F64 b) { return {_mm256_div_pd(a.v, b.v)}; }
@@ -532,7 +569,7 @@ FEWBIT_INLINE F32 max(F32 a, F32 b) { return {a.v > b.v ? a.v : b.v}; }
 FEWBIT_INLINE F32 abs(F32 a) { return {abs_of(a.v)}; }
 FEWBIT_INLINE F32 max_abs(F32 a, F32 b) {
   const float v = abs_of(b.v);
-  return bits_of(v) > bits_of(a.v) ? F32{v} : a;
+  return int32_t(bits_of(v)) > int32_t(bits_of(a.v)) ? F32{v} : a;
 }
 FEWBIT_INLINE F32 round(F32 a) { return {round_even(a.v)}; }
 // Fused, as on the other ISAs: results agree bit for bit (slow where the CPU has no FMA).
@@ -558,11 +595,14 @@ struct F64 {
   FEWBIT_INLINE_MEMBER void store(double* p) const { *p = v; }
 };
 
-template <int>
-FEWBIT_INLINE F64 widened(F32 a) {
-  return {double(a.v)};
-}
+struct Halves {
+  F64 only;
+  FEWBIT_INLINE_MEMBER static Halves load(const double* p) { return {{*p}}; }
+  FEWBIT_INLINE_MEMBER void store(double* p) const { *p = only.v; }
+};
+FEWBIT_INLINE Halves shrunk_abs(F32 a) { return {{double(abs_of(a.v)) * 0x1p-896}}; }
 FEWBIT_INLINE F64 operator+(F64 a, F64 b) { return {a.v + b.v}; }
+FEWBIT_INLINE Halves operator+(Halves a, Halves b) { return {a.only + b.only}; }
 FEWBIT_INLINE F64 operator-(F64 a, F64 b) { return {a.v - b.v}; }
 FEWBIT_INLINE F64 operator*(F64 a, F64 b) { return {a.v * b.v}; }
 FEWBIT_INLINE F64 operator/(F64 a, F64 b) { return {a.v / b.v}; }
@@ -721,8 +761,8 @@ FEWBIT_INLINE F32 round_quotient(F32 v, F32 s, F32 inverse) {
 // load(i) gives; whether they are all right. Added to 1.5 2^23 + z, a float has no room but for a
 // whole number, the code, in its low bits: one multiply-add rounds x inverse + z. `far` is how far
 // the product was from what it became. It is within 2^-23 `reach` of the quotient that a code can
-// depend on, so where no number is that close to the middle of two codes, all are those of x / s.
-// Without `clamped`, the caller knows that codes of finite numbers lie in low .. high.
+// depend on, so where no number is that close to the middle of two codes, nor a NaN, all are those
+// of x / s. Without `clamped`, the caller knows that codes of finite numbers lie in low .. high.
 template <bool clamped = true, class Load>
 FEWBIT_INLINE bool codes_by_inverse(int64_t n, const Load& load, F32 inverse, F32 z, F32 low,
                                     F32 high, float reach, uint8_t* q) {
@@ -730,7 +770,7 @@ FEWBIT_INLINE bool codes_by_inverse(int64_t n, const Load& load, F32 inverse, F3
   F32 far = F32::zero();
   for (int64_t i = 0; i < n; i += F32::width) {
     const F32 v = load(i), code = fma(v, inverse, shift);
-    far = max(far, abs(fma(v, inverse, shift - code)));
+    far = max_abs(far, fma(v, inverse, shift - code));  // a NaN stays
     (clamped ? min(max(code, least), top) : code).store_low_byte(q + i);
   }
   return all_less(far, F32::set(0.5f - 0x1p-22f * reach));
