@@ -86,7 +86,8 @@ FEWBIT_INLINE bool codes_fit(const float* lo, const float* hi, const float* s, c
 
 // Calls use(group, start, columns, step, fit) for every group of a row; what codes_fit says is true
 // of the group. Some groups are fitted before they are used: a fit is a chain of dependent
-// instructions, which one of the next can overlap, and their steps are made together.
+// instructions, which one of the next can overlap, and their steps are made together. What lies
+// ahead is to be asked for where groups are used: that takes longest, and the caches hold them.
 template <class T, class F>
 FEWBIT_INLINE void fitted_groups(const T* row, int64_t columns, int64_t group_size,
                                  const Grid& grid, const F& use) {
@@ -101,10 +102,7 @@ FEWBIT_INLINE void fitted_groups(const T* row, int64_t columns, int64_t group_si
     int64_t count = 0;
     for (int64_t start = first; count < batch && start < columns; ++count, start += group_size) {
       const T* w = row + start;
-      const auto load = [&](int64_t i) {
-        ask_ahead(w + i);
-        return F32::load(w + i);
-      };
+      const auto load = [&](int64_t i) { return F32::load(w + i); };
       const auto one = [&](int64_t i) { return to_float(w[i]); };
       range_of(length(start), load, one, lo[count], hi[count]);
     }
@@ -130,7 +128,10 @@ template <class T>
 FEWBIT_INLINE void codes(const T* w, int64_t n, const Step& g, bool fit, const StepLanes& lanes,
                          uint8_t* q) {
   const int64_t whole = n / F32::width * F32::width;
-  const auto load = [&](int64_t i) { return F32::load(w + i); };
+  const auto load = [&](int64_t i) {
+    ask_ahead(w + i);
+    return F32::load(w + i);
+  };
   const F32 zero = F32::zero();
   if (fit)
     codes_of<64, false>(whole, load, lanes.s, lanes.inverse, lanes.z, zero, lanes.qmax,

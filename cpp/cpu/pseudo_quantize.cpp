@@ -15,8 +15,10 @@ static void rows(const PseudoQuantize& a, int64_t begin, int64_t end) {
                     const StepLanes steps(g);
                     put_pieces<T>(n, a.stream, out + start, [&](int64_t k, int64_t c, T* to) {
                       int64_t i = 0;
-                      for (; i + F32::width <= c; i += F32::width)
+                      for (; i + F32::width <= c; i += F32::width) {
+                        ask_ahead(w + k + i);
                         ((code(F32::load(w + k + i), steps) - steps.z) * steps.s).store(to + i);
+                      }
                       for (; i < c; ++i)
                         from_float((code(to_float(w[k + i]), g) - g.z) * g.s, to + i);
                     });
