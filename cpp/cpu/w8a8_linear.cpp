@@ -304,8 +304,10 @@ static constexpr int step_rows(int block_rows, int digits) {
   while (rows > 1 && rows * digits * vectors > most_chains) rows /= 2;
   return rows;
 }
-static constexpr int step_panels(int rows, int digits) {
-  if (rows <= fixed_rows) return 1;  // bound by memory, which gives one stream more than several
+static constexpr int step_panels(int bits, int rows, int digits) {
+  // A row or two is bound by memory. It gives one stream of codes more than several, but where they
+  // are used as they come, one byte each: that outruns what is asked for ahead.
+  if (rows <= fixed_rows && (bits != 8 || digits > 1)) return 1;
   const int panels = most_sums / (rows * digits * vectors);
   return panels < 1 ? 1 : panels > 4 ? 4 : panels;
 }
@@ -313,7 +315,7 @@ static constexpr int step_panels(int rows, int digits) {
 template <int bits, bool codes, int block_rows>
 static void blocks(const W8A8Linear& a, int64_t first, int64_t last) {
   constexpr int digits = digits_of(bits, codes), rows = step_rows(block_rows, digits);
-  constexpr int panels = step_panels(rows, digits);
+  constexpr int panels = step_panels(bits, rows, digits);
   // Rows in chunks whose digits stay in the second-level cache while the panels pass.
   const int64_t block_bytes = a.layout.padded_columns() * digits * block_rows;
   const int64_t all = ceil_div(a.m, block_rows), fit = (1 << 19) / (block_bytes + 1) + 1;
