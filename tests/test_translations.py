@@ -19,7 +19,7 @@ TRANSLATED = {
     "Two commands": "d0d71c6bc1f9a5c0",
     "Ten lines": "998bb77358af64f7",
     "Methods": "29faf840e332b0e7",
-    "Results": "c4f911ac400885e0",
+    "Results": "47fd90f3b02e37d9",
     "Models bigger than memory, and runs that stop": "ed20d408e00e464f",
     "How it is made": "73287ef938be2e95",
     "Limits, said plainly": "bd8f9aaa74d5317e",
