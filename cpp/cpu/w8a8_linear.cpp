@@ -312,6 +312,11 @@ static constexpr int step_panels(int bits, int rows, int digits) {
   return panels < 1 ? 1 : panels > 4 ? 4 : panels;
 }
 
+template <int n>
+struct Across {
+  static constexpr int panels = n;
+};
+
 template <int bits, bool codes, int block_rows>
 static void blocks(const W8A8Linear& a, int64_t first, int64_t last) {
   constexpr int digits = digits_of(bits, codes), rows = step_rows(block_rows, digits);
@@ -319,12 +324,16 @@ static void blocks(const W8A8Linear& a, int64_t first, int64_t last) {
   // Rows in chunks whose digits stay in the second-level cache while the panels pass.
   const int64_t block_bytes = a.layout.padded_columns() * digits * block_rows;
   const int64_t all = ceil_div(a.m, block_rows), fit = (1 << 19) / (block_bytes + 1) + 1;
+  const auto step = [&](auto count, int64_t b0, int64_t p) {
+    for (int64_t b = b0; b < all && b < b0 + fit; ++b)
+      for (int r = 0; r < block_rows && b * block_rows + r < a.m; r += rows)
+        tile<bits, codes, block_rows, rows, count.panels>(a, b, r, p, last,
+                                                          b == b0 && r == 0 ? fit * block_rows : 0);
+  };
   for (int64_t b0 = 0; b0 < all; b0 += fit)
     for (int64_t p = first; p < last; p += panels)
-      for (int64_t b = b0; b < all && b < b0 + fit; ++b)
-        for (int r = 0; r < block_rows && b * block_rows + r < a.m; r += rows)
-          tile<bits, codes, block_rows, rows, panels>(a, b, r, p, last,
-                                                      b == b0 && r == 0 ? fit * block_rows : 0);
+      // Where threads are many, so is a last panel alone; it would be multiplied `panels` times.
+      last - p > 1 ? step(Across<panels>(), b0, p) : step(Across<1>(), b0, p);
 }
 
 // ---- the product of tiles ----------------------------------------------------------------------
