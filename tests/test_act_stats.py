@@ -62,6 +62,17 @@ def test_a_nan_shows(isa):
         assert found.isposinf().nonzero().tolist() == [[10], [67]]
 
 
+@pytest.mark.parametrize("tokens", [0, 3])
+def test_a_nan_of_an_earlier_batch_stays(isa, tokens):
+    """Of either sign, as torch.maximum makes them, in either entry."""
+    total, top = torch.zeros(40, dtype=torch.float64), torch.zeros(40)
+    total[[3, 20]] = top[[5, 35]] = float("nan")
+    top[[20, 38]] = torch.tensor(-1, dtype=torch.int32).view(torch.float32)
+    ops.act_stats(torch.ones(tokens, 40), total, top)
+    for found in (total, top):
+        assert found.isnan().nonzero().flatten().tolist() == [3, 5, 20, 35, 38]
+
+
 def test_is_a_proper_torch_op():
     arguments = (torch.randn(5, 6), torch.zeros(6, dtype=torch.float64), torch.zeros(6))
     torch.library.opcheck(torch.ops.fewbit.act_stats.default, arguments)

@@ -12,8 +12,12 @@ static void channels(const ActStats& a, int64_t first, int64_t last) {
   const T* x = static_cast<const T*>(a.x);
   // Sums of shrunk values round as those of the values do: powers of two shift exponents alone, and
   // what they make subnormal is below 2^-126, where every float is a multiple of 2^-149 and every
-  // sum exact, shrunk or not.
-  for (int64_t i = first; i < last; ++i) a.sum_abs[i] *= 0x1p-896;
+  // sum of floats exact, shrunk or not.
+  for (int64_t i = first; i < last; ++i) {
+    const bool lost = a.sum_abs[i] != a.sum_abs[i] || a.max_abs[i] != a.max_abs[i];
+    a.max_abs[i] = lost ? __builtin_nanf("") : a.max_abs[i];  // of the sign that max_abs keeps
+    a.sum_abs[i] *= 0x1p-896;
+  }
   for (int64_t t0 = 0; t0 < a.tokens; t0 += depth) {
     const int64_t t1 = t0 + depth < a.tokens ? t0 + depth : a.tokens;
     int64_t i = first;
@@ -31,9 +35,9 @@ static void channels(const ActStats& a, int64_t first, int64_t last) {
     }
     for (; i < last; ++i)
       for (int64_t t = t0; t < t1; ++t) {
-        const float v = abs_of(to_float(x[t * a.channels + i]));
-        a.sum_abs[i] += double(v) * 0x1p-896;
-        if (int32_t(bits_of(v)) > int32_t(bits_of(a.max_abs[i]))) a.max_abs[i] = v;
+        const float v = to_float(x[t * a.channels + i]);
+        a.sum_abs[i] += double(abs_of(v)) * 0x1p-896;
+        a.max_abs[i] = max_abs(a.max_abs[i], v);
       }
   }
   for (int64_t i = first; i < last; ++i) {

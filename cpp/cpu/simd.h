@@ -26,6 +26,12 @@ namespace fewbit::cpu::FEWBIT_ISA {
 
 using fewbit::to_float;  // beside the one for lanes
 
+// max_abs of lanes, below, of two numbers.
+FEWBIT_INLINE float max_abs(float a, float b) {
+  const float v = abs_of(b);
+  return int32_t(bits_of(v)) > int32_t(bits_of(a)) ? v : a;
+}
+
 // ---- float32 and uint32 lanes ------------------------------------------------------------------
 
 #if FEWBIT_ISA_LEVEL >= 2  // AVX-512 F, BW, DQ, VL; 3 adds VNNI, 4 AMX (tiles.h)
@@ -87,8 +93,8 @@ FEWBIT_INLINE F32 operator/(F32 a, F32 b) { return {_mm512_div_ps(a.v, b.v)}; }
 FEWBIT_INLINE F32 min(F32 a, F32 b) { return {_mm512_min_ps(a.v, b.v)}; }
 FEWBIT_INLINE F32 max(F32 a, F32 b) { return {_mm512_max_ps(a.v, b.v)}; }
 FEWBIT_INLINE F32 abs(F32 a) { return {_mm512_abs_ps(a.v)}; }
-// The larger of |b| and a, which is zero or such a maximum. Infinity is larger than any number, and
-// a NaN larger than that: they compare as whole numbers.
+// The larger of |b| and a. Infinity is larger than any number, and a NaN larger than that: they
+// compare as whole numbers. Only a NaN a with its sign bit set would be less than all.
 FEWBIT_INLINE F32 max_abs(F32 a, F32 b) {
   return {_mm512_castsi512_ps(
       _mm512_max_epi32(_mm512_castps_si512(a.v), _mm512_castps_si512(abs(b).v)))};
@@ -567,10 +573,7 @@ FEWBIT_INLINE F32 operator/(F32 a, F32 b) { return {a.v / b.v}; }
 FEWBIT_INLINE F32 min(F32 a, F32 b) { return {a.v < b.v ? a.v : b.v}; }
 FEWBIT_INLINE F32 max(F32 a, F32 b) { return {a.v > b.v ? a.v : b.v}; }
 FEWBIT_INLINE F32 abs(F32 a) { return {abs_of(a.v)}; }
-FEWBIT_INLINE F32 max_abs(F32 a, F32 b) {
-  const float v = abs_of(b.v);
-  return int32_t(bits_of(v)) > int32_t(bits_of(a.v)) ? F32{v} : a;
-}
+FEWBIT_INLINE F32 max_abs(F32 a, F32 b) { return {max_abs(a.v, b.v)}; }
 FEWBIT_INLINE F32 round(F32 a) { return {round_even(a.v)}; }
 // Fused, as on the other ISAs: results agree bit for bit (slow where the CPU has no FMA).
 FEWBIT_INLINE F32 fma(F32 a, F32 b, F32 c) { return {__builtin_fmaf(a.v, b.v, c.v)}; }
