@@ -54,8 +54,8 @@ def test_weights_between_two_codes(isa, bits):
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("scale_dtype", ["float32", "float16", "bfloat16"])
 def test_ranges_that_want_one_code_too_many(isa, bits, scale_dtype):
-    """Both ends in the middle of two codes, and a scale that was rounded down: the clamp decides,
-    in groups whose neighbours need none."""
+    """Both ends in the middle of two codes, or a scale that was rounded down: the clamp decides, in
+    groups whose neighbours need none."""
     top = 2**bits - 1
     low = torch.randint(0, top, (300, 1)) + 0.5
     w = torch.cat((-low, top - low, (torch.rand(300, 62) * top - low).clamp(-low, top - low)), 1)

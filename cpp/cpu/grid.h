@@ -70,8 +70,8 @@ FEWBIT_INLINE void range_of(int64_t n, const Load& load, const One& one, float& 
 }
 
 // Whether all numbers of n ranges, a multiple of F32::width, get codes 0 .. qmax without a clamp:
-// their ends do, and rounding keeps order. Both ends of an asymmetric range may be rounded away
-// from each other, but to one more than qmax in all only where s has been rounded down.
+// their ends do, and rounding keeps order. Few asymmetric ranges want a code more: both ends must
+// be rounded away from each other, being middles of two codes or s having been rounded down.
 FEWBIT_INLINE bool codes_fit(const float* lo, const float* hi, const float* s, const float* z,
                              int64_t n, const Grid& grid) {
   const F32 above = F32::set(float(1 << grid.bits) - 0.5f), below = F32::set(-0.5f);

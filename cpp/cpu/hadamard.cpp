@@ -202,19 +202,6 @@ FEWBIT_INLINE void tabulate(const F32 (&x)[4], float* table, int64_t stride) {
   for (int p = 0; p < 8; ++p) (low[p & 1] + high[p >> 1]).store(table + p * stride);
 }
 
-template <int n>
-struct Count {
-  static constexpr int value = n;
-};
-
-// Calls run(Count, o) for outputs first .. last - 1, `most` at a time while there are as many: a
-// count known to the compiler keeps their sums in registers.
-template <int most, class F>
-FEWBIT_INLINE void for_outputs(int64_t first, int64_t last, const F& run) {
-  for (; first + most <= last; first += most) run(Count<most>{}, first);
-  if constexpr (most > 1) for_outputs<most / 2>(first, last, run);
-}
-
 // y = B^T z for `columns` columns of z, rows `from` apart, through tables; y, rows `to` apart, may
 // be z.
 template <int columns, bool paired, class T>
@@ -252,7 +239,7 @@ static void by_tables(const HadamardBase& base, const float* z, int64_t from, T*
     for (int64_t first = 0, last = 0; first < order; first = last) {
       const int64_t plus = added[first];
       while (last < order && added[last] == plus) ++last;
-      for_outputs<outputs>(first, last, [&](auto some, int64_t j) {
+      in_counts<outputs>(first, last, [&](auto some, int64_t j) {
         constexpr int here = some.value;
         const uint8_t* term = base.terms + g0 * order + j;
         F32 sum[here][vectors];
@@ -311,7 +298,7 @@ static void by_products(const HadamardBase& base, const float* z, int64_t from, 
   constexpr int vectors = columns / F32::width;
   constexpr int outputs = vectors >= 8 ? 1 : vectors == 4 ? 4 : 8 / vectors;
   const int64_t m = base.m;
-  for_outputs<outputs>(0, m, [&](auto some, int64_t o) {
+  in_counts<outputs>(0, m, [&](auto some, int64_t o) {
     constexpr int here = some.value;
     F32 sum[here][vectors];
     for (int i = 0; i < here; ++i)
@@ -352,7 +339,7 @@ static void by_halves(const HadamardBase& base, const float* z, int64_t from, T*
       (a + b).store(folded[0][i] + v * F32::width);
       (a - b).store(folded[1][i] + v * F32::width);
     }
-  for_outputs<outputs>(0, half, [&](auto some, int64_t o) {
+  in_counts<outputs>(0, half, [&](auto some, int64_t o) {
     constexpr int here = some.value;
     F32 sum[2][here][vectors];
     for (int s = 0; s < 2; ++s)

@@ -730,6 +730,19 @@ FEWBIT_INLINE int64_t in_chains(int64_t n, const F& add) {
   return i;
 }
 
+template <int n>
+struct Count {
+  static constexpr int value = n;
+};
+
+// Calls run(Count, i) for i in first .. last - 1, `most` at a time while there are as many, then
+// half of it: a count known to the compiler keeps their sums in registers.
+template <int most, class F>
+FEWBIT_INLINE void in_counts(int64_t first, int64_t last, const F& run) {
+  for (; first + most <= last; first += most) run(Count<most>{}, first);
+  if constexpr (most > 1) in_counts<most / 2>(first, last, run);
+}
+
 // Dot is a running sum of products of bytes: dot(sum, q, x) adds the four products of unsigned q
 // and signed x of every 32-bit lane, widen() gives the lanes' sums. Where the sum is kept in 16
 // bits (wide_dot is false) it is exact for `dot_steps` additions while q |x| <= 255 * 8, that is

@@ -173,7 +173,7 @@ constexpr int64_t words_ahead = 8192;  // of weights: 32 KiB, which the second c
 // Rows [first_row, +rows) of a block of block_rows rows. The first tile of a panel and a chunk of
 // rows runs the outliers' product for the `outlier_rows` rows from its own on.
 template <int bits, bool codes, int block_rows, int rows, int panels>
-static void tile(const W8A8Linear& a, int64_t block, int first_row, int64_t panel, int64_t last,
+static void tile(const W8A8Linear& a, int64_t block, int first_row, int64_t panel,
                  int64_t outlier_rows) {
   using Unit = UnitRows<bits>;
   constexpr int across = panels * vectors, digits = digits_of(bits, codes);
@@ -187,13 +187,11 @@ static void tile(const W8A8Linear& a, int64_t block, int first_row, int64_t pane
   const int64_t scale_bytes = a.scale_dtype == DType::f32 ? 4 : 2;
   const uint32_t* x = a.x + (block * (l.padded_columns() / 4) * block_rows + first_row) * digits;
 
-  // A panel past the strip's last is the last again: its results are dropped.
   const uint32_t* packed[panels];
   int64_t at[panels];
   for (int p = 0; p < panels; ++p) {
-    const int64_t here = panel + p < last ? panel + p : last - 1;
-    packed[p] = a.packed + here * l.panel_words();
-    at[p] = here * groups * panel_rows;
+    packed[p] = a.packed + (panel + p) * l.panel_words();
+    at[p] = (panel + p) * groups * panel_rows;
   }
 
   F32 total[rows][across];
@@ -285,14 +283,14 @@ static void tile(const W8A8Linear& a, int64_t block, int first_row, int64_t pane
     if (outlier_rows > 0) {
       o.begin = m;
       o.end = m + outlier_rows < a.m ? m + outlier_rows : a.m;
-      a.outlier_product(o, panel, panel + panels < last ? panel + panels : last);
+      a.outlier_product(o, panel, panel + panels);
     }
     for (int r = 0; r < rows && m + r < a.m; ++r)
-      for (int c = 0; c < across && panel + c / vectors < last; ++c)
+      for (int c = 0; c < across; ++c)
         total[r][c] = total[r][c] + F32::load(o.out + o.at(m + r, panel + c / vectors) +
                                               c % vectors * F32::width);
   }
-  write_tile(a, m, panel * vectors, last * vectors, total);
+  write_tile(a, m, panel * vectors, (panel + panels) * vectors, total);
 }
 
 // Rows and panels of one step: enough chains to hide latency, few enough to stay in registers (sums
@@ -312,11 +310,6 @@ static constexpr int step_panels(int bits, int rows, int digits) {
   return panels < 1 ? 1 : panels > 4 ? 4 : panels;
 }
 
-template <int n>
-struct Across {
-  static constexpr int panels = n;
-};
-
 template <int bits, bool codes, int block_rows>
 static void blocks(const W8A8Linear& a, int64_t first, int64_t last) {
   constexpr int digits = digits_of(bits, codes), rows = step_rows(block_rows, digits);
@@ -324,16 +317,13 @@ static void blocks(const W8A8Linear& a, int64_t first, int64_t last) {
   // Rows in chunks whose digits stay in the second-level cache while the panels pass.
   const int64_t block_bytes = a.layout.padded_columns() * digits * block_rows;
   const int64_t all = ceil_div(a.m, block_rows), fit = (1 << 19) / (block_bytes + 1) + 1;
-  const auto step = [&](auto count, int64_t b0, int64_t p) {
-    for (int64_t b = b0; b < all && b < b0 + fit; ++b)
-      for (int r = 0; r < block_rows && b * block_rows + r < a.m; r += rows)
-        tile<bits, codes, block_rows, rows, count.panels>(a, b, r, p, last,
-                                                          b == b0 && r == 0 ? fit * block_rows : 0);
-  };
   for (int64_t b0 = 0; b0 < all; b0 += fit)
-    for (int64_t p = first; p < last; p += panels)
-      // Where threads are many, so is a last panel alone; it would be multiplied `panels` times.
-      last - p > 1 ? step(Across<panels>(), b0, p) : step(Across<1>(), b0, p);
+    in_counts<panels>(first, last, [&](auto count, int64_t p) {
+      for (int64_t b = b0; b < all && b < b0 + fit; ++b)
+        for (int r = 0; r < block_rows && b * block_rows + r < a.m; r += rows)
+          tile<bits, codes, block_rows, rows, count.value>(
+              a, b, r, p, b == b0 && r == 0 ? fit * block_rows : 0);
+    });
 }
 
 // ---- the product of tiles ----------------------------------------------------------------------
