@@ -1,6 +1,10 @@
 // The Python module: what is not a torch operator. The only file that includes pybind11.
+#include <pybind11/functional.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <array>
+#include <functional>
 #include <stdexcept>
 #include <string>
 
@@ -84,6 +88,18 @@ PYBIND11_MODULE(_C, m) {
       "The arguments of emulate_cuda that hold now.");
   m.def("refuse_cuda_launches", &fewbit::cuda::refuse_launches, py::arg("refuse"),
         "Let the launches that follow fail, as a card's driver may.");
+  m.def(
+      "run_launches_by",
+      [](const std::function<void(const std::string&, const std::array<unsigned, 3>&,
+                                  const std::array<unsigned, 3>&, size_t, const py::bytes&)>& run) {
+        if (!run) return fewbit::cuda::run_launches_by({});
+        fewbit::cuda::run_launches_by([run](const fewbit::cuda::Launch& l) {
+          const py::gil_scoped_acquire gil;
+          run(l.kernel, l.grid, l.block, l.shared, py::bytes(l.args));
+        });
+      },
+      py::arg("run"),
+      "Hand the emulator's launches over (kernel, grid, block, shared, args); None ends it.");
   m.def("emulated_launches", &fewbit::cuda::emulated_launches, "Kernels emulated so far.");
 #endif
   m.def("set_isa", &set_isa, py::arg("name"), "Choose an instruction set of available_isas().");

@@ -30,6 +30,7 @@ bool emulated_descending() { return false; }
 int64_t emulated_launches() { return 0; }
 void refuse_launches(bool) {}
 bool refuses_launches() { return false; }
+void run_launches_by(Runner) {}
 
 #endif
 

@@ -49,7 +49,9 @@ const char* start(void (*kernel)(Args), dim3 grid, dim3 block, size_t shared, Pl
   if (refuses_launches()) return "refused by the emulator";
   if (int64_t(shared) > shared_memory(0)) return "too much shared memory";
   if (grid.x > 0x7FFFFFFFu || grid.y > 65535 || grid.z > 65535) return "too many blocks";
-  emulator::run([&] { kernel(args); }, grid, block);
+  const void* function = reinterpret_cast<const void*>(kernel);
+  if (!emulator::taken(function, grid, block, shared, &args, sizeof args))
+    emulator::run([&] { kernel(args); }, grid, block);
   return nullptr;
 }
 

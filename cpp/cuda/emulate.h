@@ -34,6 +34,9 @@ constexpr size_t shared_bytes = 227 * 1024;
 extern unsigned char* shared;  // filled with NaN before every block
 
 void run(const std::function<void()>& kernel, dim3 grid, dim3 block);
+// Whether a runner (fewbit/cuda.h) has taken the launch instead.
+bool taken(const void* kernel, dim3 grid, dim3 block, size_t shared, const void* args,
+           size_t bytes);
 void block_barrier();
 void warp_barrier();
 // Two slots of 32 x 64 bytes: lanes leave values in one while the other may still be read.

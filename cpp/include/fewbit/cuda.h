@@ -3,6 +3,10 @@
 // The same sources are compiled by nvcc, or as plain C++ over cpp/cuda/emulate.h, which runs every
 // CUDA thread on the CPU: arithmetic, index maps, tails and barriers are tested without a GPU.
 #pragma once
+#include <array>
+#include <functional>
+#include <string>
+
 #include "fewbit/act_stats.h"
 #include "fewbit/dequantize.h"
 #include "fewbit/gptq.h"
@@ -185,5 +189,15 @@ bool emulated_descending();
 int64_t emulated_launches();        // kernels that the emulator has run
 void refuse_launches(bool refuse);  // the emulator's next launches fail
 bool refuses_launches();
+
+// A launch as a driver sees it, and who runs the emulator's launches in its place (none: itself).
+struct Launch {
+  std::string kernel;  // as the linker knows it
+  std::array<unsigned, 3> grid, block;
+  size_t shared;
+  std::string args;  // the bytes of the kernel's one parameter
+};
+using Runner = std::function<void(const Launch&)>;
+void run_launches_by(Runner runner);
 
 }  // namespace fewbit::cuda
