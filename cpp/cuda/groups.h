@@ -45,25 +45,23 @@ FEWBIT_DEVICE Step quantize_group(const T* w, int64_t n, int lanes, int lane, co
   return step;
 }
 
-// Which group a thread works on; teams past the last repeat it, so that warps stay whole.
+// Which group a thread works on. Teams past the last have no elements and no index: they are there
+// so that warps stay whole.
 struct Team {
-  int64_t row, group, start, n;
+  int64_t index;  // of the group, row after row; or -1
+  int64_t start;  // of its elements, row after row
+  int64_t column, n;
   int lane;
-  bool repeats;
 };
 
 FEWBIT_DEVICE Team team_of(int64_t rows, int64_t columns, int64_t group_size, int lanes) {
   const int64_t groups = (columns + group_size - 1) / group_size, count = rows * groups;
   const int64_t at = (int64_t(blockIdx.x) * group_threads + threadIdx.x) / lanes;
-  const int64_t index = at < count ? at : count - 1;
-  Team t;
-  t.row = index / groups;
-  t.group = index % groups;
-  t.start = t.group * group_size;
-  t.n = t.start + group_size <= columns ? group_size : columns - t.start;
-  t.lane = int(threadIdx.x) % lanes;
-  t.repeats = at >= count;
-  return t;
+  const int lane = int(threadIdx.x) % lanes;
+  if (at >= count) return {-1, 0, 0, 0, lane};
+  const int64_t row = at / groups, column = (at - row * groups) * group_size;
+  const int64_t left = columns - column;
+  return {at, row * columns + column, column, left < group_size ? left : group_size, lane};
 }
 
 inline unsigned team_blocks(int64_t rows, int64_t columns, int64_t group_size, int lanes) {

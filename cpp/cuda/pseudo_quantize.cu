@@ -7,14 +7,13 @@ template <class T, int V>
 __global__ void pseudo_quantize(PseudoQuantize a) {
   const int lanes = team_lanes(a.group_size, V);
   const Team t = team_of(a.rows, a.columns, a.group_size, lanes);
-  const int64_t at = t.row * a.columns + t.start;
-  T* out = static_cast<T*>(a.out) + at;
-  quantize_group<V>(static_cast<const T*>(a.w) + at, t.n, lanes, t.lane, a.grid,
+  T* out = static_cast<T*>(a.out) + t.start;
+  quantize_group<V>(static_cast<const T*>(a.w) + t.start, t.n, lanes, t.lane, a.grid,
                     [&](int64_t i, const float (&w)[V], const Step& g) {
                       Vector<T, V> y;
 #pragma unroll
                       for (int j = 0; j < V; ++j) from_float((code(w[j], g) - g.z) * g.s, &y.v[j]);
-                      if (!t.repeats) store(out + i, y);
+                      store(out + i, y);
                     });
 }
 

@@ -7,17 +7,16 @@ template <class T, int V>
 __global__ void quantize(Quantize a) {
   const int lanes = team_lanes(a.group_size, V);
   const Team t = team_of(a.rows, a.columns, a.group_size, lanes);
-  const int64_t at = t.row * a.columns + t.start;
-  const Step step = quantize_group<V>(static_cast<const T*>(a.w) + at, t.n, lanes, t.lane, a.grid,
-                                      [&](int64_t i, const float (&w)[V], const Step& g) {
+  const Step step = quantize_group<V>(static_cast<const T*>(a.w) + t.start, t.n, lanes, t.lane,
+                                      a.grid, [&](int64_t i, const float (&w)[V], const Step& g) {
                                         Vector<uint8_t, V> q;
 #pragma unroll
                                         for (int j = 0; j < V; ++j) q.v[j] = uint8_t(code(w[j], g));
-                                        if (!t.repeats) store(a.q + at + i, q);
+                                        store(a.q + t.start + i, q);
                                       });
-  if (t.lane == 0 && !t.repeats) {
-    a.scale[t.row * a.groups + t.group] = step.s;
-    a.zero_point[t.row * a.groups + t.group] = uint8_t(step.z);
+  if (t.lane == 0 && t.index >= 0) {
+    a.scale[t.index] = step.s;
+    a.zero_point[t.index] = uint8_t(step.z);
   }
 }
 

@@ -9,8 +9,7 @@ template <class T, int V>
 __global__ void scaled_error(ScaledError a) {
   const int lanes = team_lanes(a.group_size, V);
   const Team t = team_of(a.rows, a.columns, a.group_size, lanes);
-  const int64_t at = t.row * a.columns + t.start;
-  const T* w = static_cast<const T*>(a.w) + at;
+  const T* w = static_cast<const T*>(a.w) + t.start;
   const int64_t mine = int64_t(t.lane) * V, stride = int64_t(lanes) * V;
   const Vector<T, V> first = mine < t.n ? load<V>(w + mine) : Vector<T, V>{};
   // f(i, w, s) for this lane's accesses.
@@ -30,7 +29,7 @@ __global__ void scaled_error(ScaledError a) {
     }
   };
   for (int64_t c = 0; c < a.count; ++c) {
-    const float* s = a.scale + c * a.columns + t.start;
+    const float* s = a.scale + c * a.columns + t.column;
     float lo = 0.0f, hi = 0.0f;
     each(s, [&](int64_t, const float (&v)[V], const float (&by)[V]) {
 #pragma unroll
@@ -42,13 +41,13 @@ __global__ void scaled_error(ScaledError a) {
     lo = reduce_lanes(lo, lanes, Least());
     hi = reduce_lanes(hi, lanes, Most());
     const Step g = make_step(lo, hi, a.grid);
-    T* error = static_cast<T*>(a.error) + c * a.rows * a.columns + at;
+    T* error = static_cast<T*>(a.error) + c * a.rows * a.columns + t.start;
     each(s, [&](int64_t i, const float (&v)[V], const float (&by)[V]) {
       Vector<T, V> e;
 #pragma unroll
       for (int j = 0; j < V; ++j)
         from_float((code(v[j] * by[j], g) - g.z) * g.s / by[j] - v[j], &e.v[j]);
-      if (!t.repeats) store(error + i, e);
+      store(error + i, e);
     });
   }
 }
