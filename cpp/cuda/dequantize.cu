@@ -1,32 +1,31 @@
-#include "device.h"
 #include "fewbit/dequantize.h"
+#include "groups.h"
 
 namespace fewbit::cuda {
 
-constexpr int dequantize_threads = 256;
-
 template <class T, int V>
-__global__ void dequantize(Dequantize a) {
-  const int64_t steps = a.columns / V, count = a.rows * steps;
-  const int64_t at = int64_t(blockIdx.x) * dequantize_threads + threadIdx.x;
-  if (at >= count) return;
-  const int64_t row = at / steps, k = at % steps * V;
-  const int64_t group = row * a.groups + k / a.group_size;
-  const float s = a.scale[group], z = float(a.zero_point[group]);
-  const Vector<uint8_t, V> q = load<V>(a.q + row * a.columns + k);
-  Vector<T, V> w;
+__global__ void dequantize(Groups<Dequantize> g) {
+  const Dequantize& a = g.a;
+  const Team t = team_of(g);
+  if (t.index < 0) return;
+  // 2^23 + q, whose last bit is worth 1, less 2^23 + z.
+  const float s = a.scale[t.index], z = 0x1p23f + float(a.zero_point[t.index]);
+  t.each<V>(0, [&](int64_t i) {
+    const Vector<uint8_t, V> q = load<V>(a.q + t.start + i);
+    Vector<T, V> w;
 #pragma unroll
-  for (int j = 0; j < V; ++j) from_float((float(q.v[j]) - z) * s, &w.v[j]);
-  store(static_cast<T*>(a.out) + row * a.columns + k, w);
+    for (int j = 0; j < V; ++j) from_float((float_of(0x4B000000u | q.v[j]) - z) * s, &w.v[j]);
+    store(static_cast<T*>(a.out) + t.start + i, w);
+  });
 }
 
 const char* launch(const Dequantize& a, Place place) {
+  if (a.rows == 0 || a.columns == 0) return nullptr;
   return with_type(a.dtype, [&](auto* type) {
     using T = element<decltype(type)>;
-    const auto run = [&](auto* kernel, int64_t v) {
-      const int64_t count = a.rows * (a.columns / v);
-      const int64_t blocks = (count + dequantize_threads - 1) / dequantize_threads;
-      return start(kernel, unsigned(blocks), dequantize_threads, 0, place, a);
+    const auto run = [&](auto* kernel, int v) {
+      const auto g = groups_of(a, v);
+      return start(kernel, blocks_for(g), group_threads, 0, place, g);
     };
     constexpr int v = 16 / sizeof(T);
     // Codes are V bytes: aligned as far as the output is, relative to their own start.

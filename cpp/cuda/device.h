@@ -134,11 +134,12 @@ bool wide(int64_t columns, int64_t group_size, const void* p) {
 struct Sum {
   FEWBIT_DEVICE float operator()(float a, float b) const { return a + b; }
 };
+// These pass over a NaN.
 struct Least {
-  FEWBIT_DEVICE float operator()(float a, float b) const { return b < a ? b : a; }
+  FEWBIT_DEVICE float operator()(float a, float b) const { return fminf(a, b); }
 };
 struct Most {
-  FEWBIT_DEVICE float operator()(float a, float b) const { return b > a ? b : a; }
+  FEWBIT_DEVICE float operator()(float a, float b) const { return fmaxf(a, b); }
 };
 
 // Over `lanes` neighbours of a warp, a power of two; every lane gets the same bits.
@@ -148,17 +149,27 @@ FEWBIT_DEVICE float reduce_lanes(float v, int lanes, F f) {
   return v;
 }
 
-// Over the block, warps in order; every thread gets the same bits. blockDim.x is in whole warps.
+// Each of n numbers over the block; every thread gets the same bits. blockDim.x is a power of two
+// of whole warps.
+template <int n, class F>
+FEWBIT_DEVICE void reduce_block(float (&v)[n], F f) {
+  __shared__ float of_warp[n][warp_size];
+  const int warps = int(blockDim.x) / warp_size, lane = int(threadIdx.x) % warp_size;
+#pragma unroll
+  for (int i = 0; i < n; ++i) v[i] = reduce_lanes(v[i], warp_size, f);
+  __syncthreads();  // what the reduction before has left there has been read
+#pragma unroll
+  for (int i = 0; i < n; ++i)
+    if (lane == 0) of_warp[i][int(threadIdx.x) / warp_size] = v[i];
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < n; ++i) v[i] = reduce_lanes(of_warp[i][lane & (warps - 1)], warps, f);
+}
 template <class F>
 FEWBIT_DEVICE float reduce_block(float v, F f) {
-  __shared__ float of_warp[32];
-  v = reduce_lanes(v, warp_size, f);
-  __syncthreads();
-  if (threadIdx.x % warp_size == 0) of_warp[threadIdx.x / warp_size] = v;
-  __syncthreads();
-  v = of_warp[0];
-  for (unsigned w = 1; w < blockDim.x / warp_size; ++w) v = f(v, of_warp[w]);
-  return v;
+  float one[1] = {v};
+  reduce_block(one, f);
+  return one[0];
 }
 
 inline unsigned threads_for(int64_t work, unsigned most = 256) {

@@ -1,48 +1,32 @@
 // One team of lanes per group of weights: its range, then a second look at every element.
 #pragma once
-#include "device.h"
-#include "fewbit/grid.h"
+#include "codes.h"
 
 namespace fewbit::cuda {
 
 constexpr int group_threads = 256;
+constexpr int held = 2;  // accesses of a lane that stay in registers: what a team reads once
 
-// Lanes that share a group: a power of two, enough for one access each where the group is short.
-FEWBIT_ALWAYS_INLINE int team_lanes(int64_t group_size, int v) {
-  int lanes = 1;
-  while (lanes < warp_size && int64_t(lanes) * v < group_size) lanes *= 2;
-  return lanes;
+// An op on groups, and how they are shared out.
+template <class Args>
+struct Groups {
+  Args a;
+  int64_t count, in_row;  // groups
+  int log_lanes;          // of a team: a power of two, enough for `held` accesses where it can be
+  bool whole;             // no group is short: they lie one after the other
+};
+
+template <class Args>
+Groups<Args> groups_of(const Args& a, int v) {
+  const int64_t in_row = ceil_div(a.columns, a.group_size);
+  int log_lanes = 0;
+  while (warp_size >> log_lanes > 1 && (int64_t(v) * held << log_lanes) < a.group_size) ++log_lanes;
+  return {a, a.rows * in_row, in_row, log_lanes, in_row * a.group_size == a.columns};
 }
 
-// The step of the caller's group, elements [0, n) at w; then visit(i, values) for every V of them.
-// The first access of every lane stays in registers: a group of lanes * V is read once.
-template <int V, class T, class Visit>
-FEWBIT_DEVICE Step quantize_group(const T* w, int64_t n, int lanes, int lane, const Grid& grid,
-                                  const Visit& visit) {
-  float first[V] = {};
-  float lo = 0.0f, hi = 0.0f;
-  for (int64_t i = int64_t(lane) * V; i < n; i += int64_t(lanes) * V) {
-    const Vector<T, V> x = load<V>(w + i);
-#pragma unroll
-    for (int j = 0; j < V; ++j) {
-      const float v = to_float(x.v[j]);
-      if (i == int64_t(lane) * V) first[j] = v;
-      lo = Least()(lo, v);
-      hi = Most()(hi, v);
-    }
-  }
-  lo = reduce_lanes(lo, lanes, Least());
-  hi = reduce_lanes(hi, lanes, Most());
-  const Step step = make_step(lo, hi, grid);
-  if (int64_t(lane) * V < n) visit(int64_t(lane) * V, first, step);
-  for (int64_t i = int64_t(lane + lanes) * V; i < n; i += int64_t(lanes) * V) {
-    const Vector<T, V> x = load<V>(w + i);
-    float values[V];
-#pragma unroll
-    for (int j = 0; j < V; ++j) values[j] = to_float(x.v[j]);
-    visit(i, values, step);
-  }
-  return step;
+template <class Args>
+unsigned blocks_for(const Groups<Args>& g) {
+  return unsigned(ceil_div(g.count, group_threads >> g.log_lanes));
 }
 
 // Which group a thread works on. Teams past the last have no elements and no index: they are there
@@ -50,24 +34,72 @@ FEWBIT_DEVICE Step quantize_group(const T* w, int64_t n, int lanes, int lane, co
 struct Team {
   int64_t index;  // of the group, row after row; or -1
   int64_t start;  // of its elements, row after row
-  int64_t column, n;
-  int lane;
+  int64_t n;
+  int lane, lanes;
+
+  // f(i) for this lane's accesses of V elements, but for the first `after` of them.
+  template <int V, class F>
+  FEWBIT_DEVICE void each(int after, const F& f) const {
+    for (int64_t i = (lane + after * lanes) * V; i < n; i += lanes * V) f(i);
+  }
 };
 
-FEWBIT_DEVICE Team team_of(int64_t rows, int64_t columns, int64_t group_size, int lanes) {
-  const int64_t groups = (columns + group_size - 1) / group_size, count = rows * groups;
-  const int64_t at = (int64_t(blockIdx.x) * group_threads + threadIdx.x) / lanes;
-  const int lane = int(threadIdx.x) % lanes;
-  if (at >= count) return {-1, 0, 0, 0, lane};
-  const int64_t row = at / groups, column = (at - row * groups) * group_size;
-  const int64_t left = columns - column;
-  return {at, row * columns + column, column, left < group_size ? left : group_size, lane};
+template <class Args>
+FEWBIT_DEVICE Team team_of(const Groups<Args>& g) {
+  const int lanes = 1 << g.log_lanes, lane = int(threadIdx.x) & (lanes - 1);
+  const int64_t at =
+      int64_t(blockIdx.x) * (group_threads >> g.log_lanes) + (int(threadIdx.x) >> g.log_lanes);
+  if (at >= g.count) return {-1, 0, 0, lane, lanes};
+  const int64_t size = g.a.group_size;
+  if (g.whole) return {at, at * size, size, lane, lanes};
+  const int64_t row = at / g.in_row, column = (at - row * g.in_row) * size;
+  const int64_t left = g.a.columns - column;
+  return {at, row * g.a.columns + column, left < size ? left : size, lane, lanes};
 }
 
-inline unsigned team_blocks(int64_t rows, int64_t columns, int64_t group_size, int lanes) {
-  const int64_t teams = group_threads / lanes;
-  const int64_t groups = (columns + group_size - 1) / group_size;
-  return unsigned((rows * groups + teams - 1) / teams);
+// The step of the team's group, which begins at w; then visit(i, values, coder) for every V
+// elements of it.
+template <int V, class T, class Visit>
+FEWBIT_DEVICE Step quantize_group(const T* w, const Team& t, const Grid& grid, const Visit& visit) {
+  float v[held][V];
+  float lo = 0.0f, hi = 0.0f;
+  const auto read = [&](int64_t i, float (&to)[V]) {
+    const Vector<T, V> x = load<V>(w + i);
+#pragma unroll
+    for (int j = 0; j < V; ++j) to[j] = to_float(x.v[j]);
+  };
+  const auto widen = [&](const float (&by)[V]) {
+#pragma unroll
+    for (int j = 0; j < V; ++j) {
+      lo = fminf(lo, by[j]);
+      hi = fmaxf(hi, by[j]);
+    }
+  };
+  const int first = t.lane * V, stride = t.lanes * V;
+#pragma unroll
+  for (int h = 0; h < held; ++h)
+    if (first + h * stride < t.n) read(first + h * stride, v[h]);
+#pragma unroll
+  for (int h = 0; h < held; ++h)
+    if (first + h * stride < t.n) widen(v[h]);
+  t.each<V>(held, [&](int64_t i) {
+    float more[V];
+    read(i, more);
+    widen(more);
+  });
+  lo = reduce_lanes(lo, t.lanes, Least());
+  hi = reduce_lanes(hi, t.lanes, Most());
+  const Step step = make_step(lo, hi, grid);
+  const Coder coder(step);
+#pragma unroll
+  for (int h = 0; h < held; ++h)
+    if (first + h * stride < t.n) visit(first + h * stride, v[h], coder);
+  t.each<V>(held, [&](int64_t i) {
+    float more[V];
+    read(i, more);
+    visit(i, more, coder);
+  });
+  return step;
 }
 
 }  // namespace fewbit::cuda

@@ -4,15 +4,14 @@
 namespace fewbit::cuda {
 
 template <class T, int V>
-__global__ void quantize(Quantize a) {
-  const int lanes = team_lanes(a.group_size, V);
-  const Team t = team_of(a.rows, a.columns, a.group_size, lanes);
-  const Step step = quantize_group<V>(static_cast<const T*>(a.w) + t.start, t.n, lanes, t.lane,
-                                      a.grid, [&](int64_t i, const float (&w)[V], const Step& g) {
-                                        Vector<uint8_t, V> q;
-#pragma unroll
-                                        for (int j = 0; j < V; ++j) q.v[j] = uint8_t(code(w[j], g));
-                                        store(a.q + t.start + i, q);
+__global__ void quantize(Groups<Quantize> g) {
+  const Quantize& a = g.a;
+  const Team t = team_of(g);
+  const Step step = quantize_group<V>(static_cast<const T*>(a.w) + t.start, t, a.grid,
+                                      [&](int64_t i, const float (&w)[V], const Coder& coder) {
+                                        float code[V];
+                                        coder.shifted_codes(w, code);
+                                        store(a.q + t.start + i, bytes_of<uint8_t>(code));
                                       });
   if (t.lane == 0 && t.index >= 0) {
     a.scale[t.index] = step.s;
@@ -25,9 +24,8 @@ const char* launch(const Quantize& a, Place place) {
   return with_type(a.dtype, [&](auto* type) {
     using T = element<decltype(type)>;
     const auto run = [&](auto* kernel, int v) {
-      const unsigned blocks =
-          team_blocks(a.rows, a.columns, a.group_size, team_lanes(a.group_size, v));
-      return start(kernel, blocks, group_threads, 0, place, a);
+      const auto g = groups_of(a, v);
+      return start(kernel, blocks_for(g), group_threads, 0, place, g);
     };
     constexpr int v = 16 / sizeof(T);
     if (wide<T>(a.columns, a.group_size, a.w)) return run(&quantize<T, v>, v);

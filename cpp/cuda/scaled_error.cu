@@ -6,15 +6,15 @@ namespace fewbit::cuda {
 // A team of lanes has a group of weights and tries all scales on it; what the group's first access
 // brought stays in registers, so weights are read once.
 template <class T, int V>
-__global__ void scaled_error(ScaledError a) {
-  const int lanes = team_lanes(a.group_size, V);
-  const Team t = team_of(a.rows, a.columns, a.group_size, lanes);
+__global__ void scaled_error(Groups<ScaledError> groups) {
+  const ScaledError& a = groups.a;
+  const Team t = team_of(groups);
   const T* w = static_cast<const T*>(a.w) + t.start;
-  const int64_t mine = int64_t(t.lane) * V, stride = int64_t(lanes) * V;
+  const int64_t mine = int64_t(t.lane) * V, column = t.start % a.columns;
   const Vector<T, V> first = mine < t.n ? load<V>(w + mine) : Vector<T, V>{};
   // f(i, w, s) for this lane's accesses.
   const auto each = [&](const float* s, const auto& f) {
-    for (int64_t i = mine; i < t.n; i += stride) {
+    t.each<V>(0, [&](int64_t i) {
       const Vector<T, V> x = i == mine ? first : load<V>(w + i);
       float by[V], v[V];
 #pragma unroll
@@ -26,10 +26,10 @@ __global__ void scaled_error(ScaledError a) {
 #pragma unroll
       for (int j = 0; j < V; ++j) v[j] = to_float(x.v[j]);
       f(i, v, by);
-    }
+    });
   };
   for (int64_t c = 0; c < a.count; ++c) {
-    const float* s = a.scale + c * a.columns + t.column;
+    const float* s = a.scale + c * a.columns + column;
     float lo = 0.0f, hi = 0.0f;
     each(s, [&](int64_t, const float (&v)[V], const float (&by)[V]) {
 #pragma unroll
@@ -38,15 +38,19 @@ __global__ void scaled_error(ScaledError a) {
         hi = Most()(hi, v[j] * by[j]);
       }
     });
-    lo = reduce_lanes(lo, lanes, Least());
-    hi = reduce_lanes(hi, lanes, Most());
-    const Step g = make_step(lo, hi, a.grid);
+    lo = reduce_lanes(lo, t.lanes, Least());
+    hi = reduce_lanes(hi, t.lanes, Most());
+    const Coder coder(make_step(lo, hi, a.grid));
     T* error = static_cast<T*>(a.error) + c * a.rows * a.columns + t.start;
     each(s, [&](int64_t i, const float (&v)[V], const float (&by)[V]) {
+      float scaled[V], code[V];
+#pragma unroll
+      for (int j = 0; j < V; ++j) scaled[j] = v[j] * by[j];
+      coder.shifted_codes(scaled, code);
+      const Vector<float, V> y = coder.template values<float>(code);
       Vector<T, V> e;
 #pragma unroll
-      for (int j = 0; j < V; ++j)
-        from_float((code(v[j] * by[j], g) - g.z) * g.s / by[j] - v[j], &e.v[j]);
+      for (int j = 0; j < V; ++j) from_float(y.v[j] / by[j] - v[j], &e.v[j]);
       store(error + i, e);
     });
   }
@@ -57,9 +61,8 @@ const char* launch(const ScaledError& a, Place place) {
   return with_type(a.dtype, [&](auto* type) {
     using T = element<decltype(type)>;
     const auto run = [&](auto* kernel, int v) {
-      const unsigned blocks =
-          team_blocks(a.rows, a.columns, a.group_size, team_lanes(a.group_size, v));
-      return start(kernel, blocks, group_threads, 0, place, a);
+      const auto g = groups_of(a, v);
+      return start(kernel, blocks_for(g), group_threads, 0, place, g);
     };
     constexpr int v = 16 / sizeof(T);
     if (wide<T>(a.columns, a.group_size, a.w) && wide<T>(a.columns, a.group_size, a.error) &&
