@@ -6,39 +6,47 @@ namespace fewbit::cuda {
 
 constexpr int max_radix = 4;  // butterflies of 2^4 values are done in registers
 
-// Stages on strides first, 2 first, .. over the row, 2^radix values per thread. Sums are made in
-// the order of the strides, as on the CPU up to 4096.
-template <int radix, class Get, class Put>
-FEWBIT_DEVICE void butterfly_pass(int width, int first, const Get& get, const Put& put) {
-  constexpr int count = 1 << radix;
-  for (int i = int(threadIdx.x); i < width / count; i += int(blockDim.x)) {
-    const int base = i / first * first * count + i % first;
+// In place: sums and differences of neighbours, then of pairs, ..
+template <int count>
+FEWBIT_DEVICE void butterfly(float (&v)[count]) {
+#pragma unroll
+  for (int half = 1; half < count; half *= 2)
+#pragma unroll
+    for (int r = 0; r < count; ++r)
+      if ((r & half) == 0) {
+        const float a = v[r], b = v[r + half];
+        v[r] = a + b;
+        v[r + half] = a - b;
+      }
+}
+
+// Stages of 2^radix values 2^log_first apart. Sums are made in the order of the strides, as on the
+// CPU up to 4096. get and put take a value's number in the row and its place in shared memory.
+template <int radix, int log_first, class Get, class Put>
+FEWBIT_DEVICE void butterfly_pass(int width, const Get& get, const Put& put) {
+  constexpr int count = 1 << radix, first = 1 << log_first;
+#pragma unroll 1
+  for (int i = int(threadIdx.x); i < width >> radix; i += int(blockDim.x)) {
+    const int base = (i >> log_first << (log_first + radix)) + (i & (first - 1));
+    const int at = shared_place(base);
     float v[count];
 #pragma unroll
-    for (int r = 0; r < count; ++r) v[r] = get(base + r * first);
+    for (int r = 0; r < count; ++r) v[r] = get(base + r * first, at ^ shared_place(r * first));
+    butterfly(v);
 #pragma unroll
-    for (int half = 1; half < count; half *= 2)
-#pragma unroll
-      for (int r = 0; r < count; ++r)
-        if ((r & half) == 0) {
-          const float a = v[r], b = v[r + half];
-          v[r] = a + b;
-          v[r + half] = a - b;
-        }
-#pragma unroll
-    for (int r = 0; r < count; ++r) put(base + r * first, v[r]);
+    for (int r = 0; r < count; ++r) put(base + r * first, at ^ shared_place(r * first), v[r]);
   }
   __syncthreads();
 }
 
-template <class Get, class Put>
-FEWBIT_DEVICE void butterflies(int radix, int width, int first, const Get& get, const Put& put) {
+template <int log_first, class Get, class Put>
+FEWBIT_DEVICE void pass_of(int radix, int width, const Get& get, const Put& put) {
   switch (radix) {
-    case 0: butterfly_pass<0>(width, first, get, put); break;
-    case 1: butterfly_pass<1>(width, first, get, put); break;
-    case 2: butterfly_pass<2>(width, first, get, put); break;
-    case 3: butterfly_pass<3>(width, first, get, put); break;
-    default: butterfly_pass<4>(width, first, get, put); break;
+    case 0: butterfly_pass<0, log_first>(width, get, put); break;
+    case 1: butterfly_pass<1, log_first>(width, get, put); break;
+    case 2: butterfly_pass<2, log_first>(width, get, put); break;
+    case 3: butterfly_pass<3, log_first>(width, get, put); break;
+    default: butterfly_pass<4, log_first>(width, get, put); break;
   }
 }
 
@@ -104,40 +112,71 @@ FEWBIT_DEVICE void base_in_place(const HadamardRows::Base& b, float* z, int n, i
   __syncthreads();
 }
 
+// The row's first pass where accesses are of 16 bytes: 16 neighbours a thread.
+template <class T>
+FEWBIT_DEVICE void first_pass(const HadamardRows& a, const T* x, int width, float* z) {
+  constexpr int count = 1 << max_radix, in_access = 16 / int(sizeof(T));
+#pragma unroll 1
+  for (int base = int(threadIdx.x) * count; base < width; base += int(blockDim.x) * count) {
+    float v[count];
+    load_floats<in_access>(x + base, v);
+    if (a.signs) {
+      const Vector<int8_t, count> sign = load<count>(a.signs + base);
+#pragma unroll
+      for (int r = 0; r < count; ++r) v[r] = flip(v[r], sign.v[r]);
+    }
+    butterfly(v);
+    const int at = shared_place(base);
+#pragma unroll
+    for (int r = 0; r < count; r += 4)
+      *reinterpret_cast<Vector<float, 4>*>(z + (at ^ shared_place(r))) = {v[r], v[r + 1], v[r + 2],
+                                                                          v[r + 3]};
+  }
+  __syncthreads();
+}
+
+// Stages from log_first on, the last of them to `last`.
+template <int log_first, class Get, class Put, class Last>
+FEWBIT_DEVICE void passes_from(int k, int width, const Get& get, const Put& put, const Last& last) {
+  if constexpr (log_first < 16) {
+    if (k <= log_first + max_radix) {
+      pass_of<log_first>(k - log_first, width, get, last);
+    } else {
+      butterfly_pass<max_radix, log_first>(width, get, put);
+      passes_from<log_first + max_radix>(k, width, get, put, last);
+    }
+  }
+}
+
 template <class T, bool codes>
 __global__ void hadamard(HadamardRows a) {
   const int width = int(a.width);
   const T* x = static_cast<const T*>(a.x) + int64_t(blockIdx.x) * width;
   T* y = static_cast<T*>(a.y) + int64_t(blockIdx.x) * width;
   float* z = reinterpret_cast<float*>(dynamic_shared());
-  const auto from_row = [&](int e) {
+  const auto from_row = [&](int e, int) {
     const float v = to_float(x[e]);
     return a.signs ? flip(v, a.signs[e]) : v;
   };
-  const auto get = [&](int e) { return z[shared_place(e)]; };
-  const auto put = [&](int e, float v) { z[shared_place(e)] = v; };
-  const auto to_row = [&](int e, float v) {
-    if constexpr (codes)
-      put(e, v);
+  const auto get = [&](int, int place) { return z[place]; };
+  const auto put = [&](int, int place, float v) { z[place] = v; };
+  const auto to_row = [&](int e, int, float v) { from_float(v * a.scale, y + e); };
+  const bool stays = a.count > 0 || codes;  // in shared memory, for what comes next
+  const bool wide = a.k > max_radix && reinterpret_cast<uintptr_t>(a.x) % 16 == 0 &&
+                    reinterpret_cast<uintptr_t>(a.signs) % 16 == 0;
+  const int first = a.k < max_radix ? a.k : max_radix;  // stages of the first pass
+  if (wide)
+    first_pass(a, x, width, z);
+  else if (first == a.k && !stays)
+    pass_of<0>(first, width, from_row, to_row);
+  else
+    pass_of<0>(first, width, from_row, put);
+  if (first < a.k) {
+    if (stays)
+      passes_from<max_radix>(a.k, width, get, put, put);
     else
-      from_float(v * a.scale, y + e);
-  };
-  const bool based = a.count > 0;
-  int left = a.k, first = 1;
-  do {
-    const int radix = left < max_radix ? left : max_radix;
-    const bool begins = left == a.k;
-    left -= radix;
-    if (begins && left == 0 && !based)
-      butterflies(radix, width, first, from_row, to_row);
-    else if (begins)
-      butterflies(radix, width, first, from_row, put);
-    else if (left == 0 && !based)
-      butterflies(radix, width, first, get, to_row);
-    else
-      butterflies(radix, width, first, get, put);
-    first <<= radix;
-  } while (left > 0);
+      passes_from<max_radix>(a.k, width, get, put, to_row);
+  }
   int n = 1 << a.k;  // what lies inside the next base
 #pragma unroll 1
   for (int i = a.count - 1; i >= (codes ? 0 : 1); --i) {
@@ -145,23 +184,31 @@ __global__ void hadamard(HadamardRows a) {
     n *= a.bases[i].m;
   }
   if constexpr (codes) {
-    const auto value = [&](int64_t k, auto& v) {
-      constexpr int count = int(sizeof(v) / sizeof(v[0]));
-#pragma unroll
-      for (int i = 0; i < count; ++i) v[i] = get(int(k) + i) * a.scale;
-    };
     const int64_t row = blockIdx.x;
-    const TokenStep step = fit_row<1>(width, a.grid, value);
-    if (a.words)
-      quantize_row_to_words(width, a.grid, step, a.words + row * (width / 8), value);
-    else if (width % 4 == 0)
-      quantize_row<4>(width, a.grid, step, a.q + row * width, value);
+    const auto value = [=, scale = a.scale](int64_t k, auto& v) {
+      constexpr int V = int(sizeof(v) / sizeof(float)), in_access = V < 4 ? V : 4;
+#pragma unroll
+      for (int i = 0; i < V; i += in_access) {
+        const auto part =
+            *reinterpret_cast<const Vector<float, in_access>*>(z + shared_place(int(k) + i));
+#pragma unroll
+        for (int j = 0; j < in_access; ++j) v[i + j] = part.v[j] * scale;
+      }
+    };
+    const auto quantize = [&](auto v) {
+      Row<decltype(v)::value, 0, decltype(value)> of_row(width, value);
+      const TokenStep step = of_row.fit(a.grid);
+      of_row.quantize(Coder(step, a.grid), a.q + row * width,
+                      a.words ? a.words + row * (width / 8) : nullptr);
+      if (threadIdx.x == 0) a.code_scale[row] = step.s;
+    };
+    if (width % 8 == 0)
+      quantize(std::integral_constant<int, 8>());
     else
-      quantize_row<1>(width, a.grid, step, a.q + row * width, value);
-    if (threadIdx.x == 0) a.code_scale[row] = step.s;
+      quantize(std::integral_constant<int, 1>());
     return;
   }
-  if (!based) return;
+  if (a.count == 0) return;
   const HadamardRows::Base& base = a.bases[0];
   const int columns = (base.m + 3) / 4 * n;
   for (int at = int(threadIdx.x); at < columns; at += int(blockDim.x)) {
@@ -170,7 +217,7 @@ __global__ void hadamard(HadamardRows a) {
     base_column(base, z, n, o, c, v);
 #pragma unroll
     for (int j = 0; j < 4; ++j)
-      if (o + j < base.m) to_row((o + j) * n + c, v[j]);
+      if (o + j < base.m) to_row((o + j) * n + c, 0, v[j]);
   }
 }
 

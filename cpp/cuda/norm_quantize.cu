@@ -3,35 +3,39 @@
 
 namespace fewbit::cuda {
 
-// The row is read again from cache for the variance, the range and the codes. Sums: every thread
-// over its columns in order, then lanes, then warps.
-template <class T, int V>
+// Sums: every thread over its columns in order, then lanes, then warps.
+template <class T, int V, int access, int held>
 __global__ void norm_quantize(NormQuantize a) {
   const int64_t m = blockIdx.x, n = a.columns;
-  const T* x = static_cast<const T*>(a.x) + m * n;
-  const auto sum = [&](const auto& f) {
+  const T* in = static_cast<const T*>(a.x) + m * n;
+  const auto value = [=](int64_t k, float (&v)[V]) { load_floats<access>(in + k, v); };
+  Row<V, held, decltype(value)> x(n, value);
+  const auto mean_of = [&](const auto& f) {
     float total = 0.0f;
-    for (int64_t k = int64_t(threadIdx.x) * V; k < n; k += int64_t(blockDim.x) * V) {
-      const Vector<T, V> in = load<V>(x + k);
+    x.each([&](int64_t, const float (&v)[V]) {
 #pragma unroll
-      for (int j = 0; j < V; ++j) total += f(to_float(in.v[j]));
-    }
-    return reduce_block(total, Sum());
+      for (int j = 0; j < V; ++j) total += f(v[j]);
+    });
+    return reduce_block(total, Sum()) / float(n);
   };
-  const float mean = a.rms ? 0.0f : sum([](float v) { return v; }) / float(n);
-  const float square = sum([&](float v) { return (v - mean) * (v - mean); }) / float(n);
+  const float mean = a.rms ? 0.0f : mean_of([](float v) { return v; });
+  const float square = mean_of([&](float v) { return (v - mean) * (v - mean); });
   const float r = 1.0f / sqrtf(square + a.eps);
-  const auto value = [&](int64_t k, float (&v)[V]) {
-    const Vector<T, V> in = load<V>(x + k);
-    const Vector<float, V> weight = load<V>(a.weight + k);
+  const float *weight = a.weight, *bias = a.bias;
+  constexpr int floats = access > 1 ? 4 : 1;
+  auto y = x.then([=](int64_t k, float (&v)[V]) {
+    float by[V];
+    load_floats<floats>(weight + k, by);
 #pragma unroll
-    for (int j = 0; j < V; ++j) {
-      v[j] = (to_float(in.v[j]) - mean) * r * weight.v[j];
-      if (a.bias) v[j] += a.bias[k + j];
-    }
-  };
-  const TokenStep step = fit_row<V>(n, {a.symmetric}, value);
-  quantize_row<V>(n, {a.symmetric}, step, a.q + m * n, value);
+    for (int j = 0; j < V; ++j) v[j] = (v[j] - mean) * r * by[j];
+    if (bias == nullptr) return;
+    load_floats<floats>(bias + k, by);
+#pragma unroll
+    for (int j = 0; j < V; ++j) v[j] += by[j];
+  });
+  const TokenGrid grid{a.symmetric};
+  const TokenStep step = y.fit(grid);
+  y.quantize(Coder(step, grid), a.q + m * n, nullptr);
   if (threadIdx.x == 0) {
     a.scale[m] = step.s;
     a.zero_point[m] = int32_t(step.z);
@@ -39,15 +43,15 @@ __global__ void norm_quantize(NormQuantize a) {
 }
 
 const char* launch(const NormQuantize& a, Place place) {
-  const dim3 grid = unsigned(a.m);
+  const auto at_16 = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; };
+  const bool aligned = at_16(a.x) && at_16(a.weight) && at_16(a.bias);
   return with_type(a.dtype, [&](auto* type) {
     using T = element<decltype(type)>;
-    constexpr int v = 4;  // float weights of four columns are one access
-    const bool aligned = wide<float>(a.columns, v, a.weight) &&
-                         reinterpret_cast<uintptr_t>(a.x) % 16 == 0 &&
-                         reinterpret_cast<uintptr_t>(a.bias) % 16 == 0;
-    if (aligned) return start(&norm_quantize<T, v>, grid, threads_for(a.columns / v), 0, place, a);
-    return start(&norm_quantize<T, 1>, grid, threads_for(a.columns), 0, place, a);
+    return with_row<T>(a.columns, aligned, [&](auto v, auto access, auto held) {
+      constexpr int V = decltype(v)::value, A = decltype(access)::value, H = decltype(held)::value;
+      return start(&norm_quantize<T, V, A, H>, dim3(unsigned(a.m)), row_block(a.columns, V), 0,
+                   place, a);
+    });
   });
 }
 

@@ -3,30 +3,22 @@
 
 namespace fewbit::cuda {
 
-template <class T, int V>
+template <class T, int V, int access, int held>
 __global__ void quantize_per_token(QuantizePerToken a) {
   const int64_t m = blockIdx.x;
   const T* x = static_cast<const T*>(a.x) + m * a.columns;
-  // As many as are asked for, in accesses of V.
-  const auto value = [&](int64_t k, auto& v) {
-    constexpr int n = int(sizeof(v) / sizeof(v[0]));
+  const auto value = [=](int64_t k, float (&v)[V]) {
+    load_floats<access>(x + k, v);
 #pragma unroll
-    for (int i = 0; i < n; i += V) {
-      const Vector<T, V> in = load<V>(x + k + i);
-#pragma unroll
-      for (int j = 0; j < V; ++j) {
-        v[i + j] = to_float(in.v[j]);
-        if (a.skip && a.skip[k + i + j]) v[i + j] *= 0.0f;  // an infinity still shows
-      }
-    }
+    for (int j = 0; j < V; ++j)
+      if (a.skip && a.skip[k + j]) v[j] *= 0.0f;  // an infinity still shows
   };
-  TokenStep step = fit_row<V>(a.columns, a.grid, value);
+  Row<V, held, decltype(value)> row(a.columns, value);
+  TokenStep step = row.fit(a.grid);
   if (a.fixed_scale && step.s == step.s)
     step = {*a.fixed_scale, a.fixed_zero ? float(*a.fixed_zero) : 0.0f};
-  if (a.words)
-    quantize_row_to_words(a.columns, a.grid, step, a.words + m * (a.columns / 8), value);
-  else
-    quantize_row<V>(a.columns, a.grid, step, a.q + m * a.columns, value);
+  row.quantize(Coder(step, a.grid), a.q + m * a.columns,
+               a.words ? a.words + m * (a.columns / 8) : nullptr);
   if (threadIdx.x == 0) {
     a.scale[m] = step.s;
     a.zero_point[m] = int32_t(step.z);
@@ -34,13 +26,14 @@ __global__ void quantize_per_token(QuantizePerToken a) {
 }
 
 const char* launch(const QuantizePerToken& a, Place place) {
-  const dim3 grid = unsigned(a.m);
   return with_type(a.dtype, [&](auto* type) {
     using T = element<decltype(type)>;
-    constexpr int v = 16 / sizeof(T);
-    if (wide<T>(a.columns, v, a.x))
-      return start(&quantize_per_token<T, v>, grid, threads_for(a.columns / v), 0, place, a);
-    return start(&quantize_per_token<T, 1>, grid, threads_for(a.columns), 0, place, a);
+    const bool aligned = reinterpret_cast<uintptr_t>(a.x) % 16 == 0;
+    return with_row<T>(a.columns, aligned, [&](auto v, auto access, auto held) {
+      constexpr int V = decltype(v)::value, A = decltype(access)::value, H = decltype(held)::value;
+      return start(&quantize_per_token<T, V, A, H>, dim3(unsigned(a.m)), row_block(a.columns, V), 0,
+                   place, a);
+    });
   });
 }
 

@@ -1,56 +1,122 @@
-// A block quantises one row (token); `value(k)` is its k-th element, computed anew at each look.
+// A block quantises one row (token).
 #pragma once
-#include "device.h"
-#include "fewbit/quantize_per_token.h"
+#include "codes.h"
 
 namespace fewbit::cuda {
 
-// V columns k .. k + V - 1 at a time: value(k, v) fills v.
-template <int V, class Value>
-FEWBIT_DEVICE TokenStep fit_row(int64_t columns, TokenGrid grid, const Value& value) {
-  float lo = 0.0f, hi = 0.0f, poison = 0.0f;
-  for (int64_t k = int64_t(threadIdx.x) * V; k < columns; k += int64_t(blockDim.x) * V) {
-    float v[V];
-    value(k, v);
+constexpr int row_held = 4;  // accesses of a thread that stay in registers
+constexpr unsigned row_threads = 512;
+
+// A row in accesses of V elements; load(k, v) fills v with elements k .. k + V - 1. Rows of at most
+// `held` accesses a thread stay in registers; longer ones (held = 0) are loaded at each look.
+template <int V, int held, class Load>
+struct Row {
+  int64_t columns;
+  Load load;
+  float v[held == 0 ? 1 : held][V];
+
+  FEWBIT_DEVICE Row(int64_t columns, const Load& load) : columns(columns), load(load) {
+    if constexpr (held > 0) each([&](int64_t k, float (&to)[V]) { load(k, to); });
+  }
+
+  // f(k, v) for this thread's accesses; what f changes is kept where the row is.
+  template <class F>
+  FEWBIT_DEVICE void each(const F& f) {
+    if constexpr (held > 0) {
 #pragma unroll
-    for (int j = 0; j < V; ++j) {
-      lo = Least()(lo, v[j]);
-      hi = Most()(hi, v[j]);
-      poison += v[j] * 0.0f;  // NaN where v is not finite
+      for (int h = 0; h < held; ++h) {
+        const int k = (int(threadIdx.x) + h * int(blockDim.x)) * V;
+        if (k < columns) f(k, v[h]);
+      }
+    } else {
+#pragma unroll 1
+      for (int64_t k = int64_t(threadIdx.x) * V; k < columns; k += int64_t(blockDim.x) * V) {
+        float w[V];
+        load(k, w);
+        f(k, w);
+      }
     }
   }
-  lo = reduce_block(lo, Least());
-  hi = reduce_block(hi, Most());
-  poison = reduce_block(poison, Sum());
-  return token_step(lo, hi, poison == 0.0f, grid);
-}
 
-template <int V, class Value>
-FEWBIT_DEVICE void quantize_row(int64_t columns, TokenGrid grid, TokenStep step, int8_t* q,
-                                const Value& value) {
-  for (int64_t k = int64_t(threadIdx.x) * V; k < columns; k += int64_t(blockDim.x) * V) {
-    float v[V];
-    value(k, v);
-    Vector<int8_t, V> codes;
+  // The row of what map(k, v) makes of each access in place.
+  template <class Map>
+  FEWBIT_DEVICE auto then(const Map& map) const {
+    const auto both = [load = load, map](int64_t k, float (&w)[V]) {
+      load(k, w);
+      map(k, w);
+    };
+    if constexpr (held > 0) {
+      Row<V, held, Load> mapped = *this;
+      mapped.each(map);
+      return mapped;
+    } else {
+      return Row<V, held, decltype(both)>(columns, both);
+    }
+  }
+
+  FEWBIT_DEVICE TokenStep fit(TokenGrid grid) {
+    float most[3] = {0.0f, 0.0f, 0.0f};  // of -v, of v, and whether some are not finite
+    bool finite = true;
+    each([&](int64_t, const float (&w)[V]) {
 #pragma unroll
-    for (int j = 0; j < V; ++j) codes.v[j] = token_code(v[j], step, grid);
-    store(q + k, codes);
+      for (int j = 0; j < V; ++j) {
+        most[0] = fmaxf(most[0], -w[j]);
+        most[1] = fmaxf(most[1], w[j]);
+        finite &= fabsf(w[j]) <= 3.4028235e38f;
+      }
+    });
+    most[2] = finite ? 0.0f : 1.0f;
+    reduce_block(most, Most());
+    return token_step(-most[0], most[1], most[2] == 0.0f, grid);
+  }
+
+  // To q; or, where they are given, to words of eight 4-bit codes, V being 8.
+  FEWBIT_DEVICE void quantize(const Coder& coder, int8_t* q, uint32_t* words) {
+    each([&](int64_t k, const float (&w)[V]) {
+      float code[V];
+      coder.shifted_codes(w, code);
+      const Vector<int8_t, V> bytes = bytes_of<int8_t>(code);
+      if constexpr (V == 8) {
+        if (words) {
+          const auto fours = __builtin_bit_cast(uint2, bytes);
+          words[k / 8] = word_of_fours(fours.x, fours.y);
+          return;
+        }
+      }
+      store(q + k, bytes);
+    });
+  }
+};
+
+// V elements at p, in accesses of `access` elements.
+template <int access, class T, int V>
+FEWBIT_DEVICE void load_floats(const T* p, float (&v)[V]) {
+#pragma unroll
+  for (int i = 0; i < V; i += access) {
+    const Vector<T, access> in = load<access>(p + i);
+#pragma unroll
+    for (int j = 0; j < access; ++j) v[i + j] = to_float(in.v[j]);
   }
 }
 
-// The same to 4-bit codes, eight to a word.
-template <class Value>
-FEWBIT_DEVICE void quantize_row_to_words(int64_t columns, TokenGrid grid, TokenStep step,
-                                         uint32_t* words, const Value& value) {
-  for (int64_t at = threadIdx.x; at < columns / 8; at += blockDim.x) {
-    float v[8];
-    value(at * 8, v);
-    uint32_t four[2] = {0, 0};
-#pragma unroll
-    for (int j = 0; j < 8; ++j)
-      four[j / 4] |= uint32_t(uint8_t(token_code(v[j], step, grid))) << 8 * (j % 4);
-    words[at] = word_of_fours(four[0], four[1]);
-  }
+// f(V, access, held) with the constants for rows of type T at the `aligned` addresses or not; f
+// starts a kernel with row_block(columns, V) threads.
+template <class T, class F>
+auto with_row(int64_t columns, bool aligned, const F& f) {
+  const auto with_held = [&](auto v, auto access) {
+    constexpr int V = decltype(v)::value;
+    if (columns <= int64_t(row_threads) * row_held * V)
+      return f(v, access, std::integral_constant<int, row_held>());
+    return f(v, access, std::integral_constant<int, 0>());
+  };
+  constexpr std::integral_constant<int, 8> eight;
+  constexpr std::integral_constant<int, 1> one;
+  if (columns % 8 != 0) return with_held(one, one);
+  if (!aligned) return with_held(eight, one);
+  return with_held(eight, std::integral_constant<int, 16 / int(sizeof(T))>());
+}
+inline unsigned row_block(int64_t columns, int v) {
+  return threads_for(ceil_div(columns, 2 * v), row_threads);
 }
 
 }  // namespace fewbit::cuda
