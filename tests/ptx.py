@@ -77,24 +77,27 @@ def parse(text: str) -> dict[str, Kernel]:
     outside: dict[str, tuple[int, int]] = {}
     found = {}
     pieces = re.split(r"(?m)^(?=\.visible \.entry|\.entry|\.weak \.entry)", text)
-    for declared in re.finditer(SHARED, pieces[0]):
-        outside[declared[2]] = (int(declared[1]), int(declared[3] or 0))
+    outside.update(_shared(pieces[0]))
     for piece in pieces[1:]:
         name = re.search(r"\.entry\s+([\w$]+)", piece)[1]
         body = piece[piece.index("{") + 1 : piece.rindex("\n}")]
-        for declared in re.finditer(SHARED, piece[piece.rindex("\n}") :]):
-            outside[declared[2]] = (int(declared[1]), int(declared[3] or 0))
+        outside.update(_shared(piece[piece.rindex("\n}") :]))
         found[name] = _kernel(name, body, outside)
     return found
 
 
-SHARED = r"\.shared \.align (\d+) \.b8 ([\w$]+)\[(\d*)\]"
+def _shared(text: str) -> dict[str, tuple[int, int]]:
+    """Shared variables: alignment and bytes, 0 where the launch says how many."""
+    declared = re.findall(r"\.shared \.align (\d+) \.(\w+) ([\w$]+)(\[\d*\])?;", text)
+    sizes = {"": 1, "[]": 0}
+    return {
+        name: (int(align), np.dtype(TYPES[kind]).itemsize * sizes.get(n, int(n.strip("[]") or 0)))
+        for align, kind, name, n in declared
+    }
 
 
 def _kernel(name: str, body: str, outside: dict[str, tuple[int, int]]) -> Kernel:
-    variables = dict(outside)
-    for declared in re.finditer(SHARED, body):
-        variables[declared[2]] = (int(declared[1]), int(declared[3]))
+    variables = {**outside, **_shared(body)}
     widths = {
         prefix: TYPES[kind.replace("f", "b").replace("s", "b") if kind != "pred" else kind]
         for kind, prefix in re.findall(r"\.reg \.(\w+)\s+(%[a-z]+)<", body)
@@ -209,7 +212,7 @@ def _address(text: str, kernel: Kernel):
     if base in kernel.shared:
         constant = np.array(kernel.shared[base] + offset)
         return lambda m, a: constant
-    if base[0] != "%":
+    if base.startswith(kernel.name + "_param"):
         constant = np.array(offset)
         return lambda m, a: constant
     width = kernel.widths[base.rstrip("0123456789")]

@@ -30,9 +30,8 @@ Choice choose_gemv(const PackedProduct& a) {
 
 Choice choose_gemv(const PackedProduct& a) {
   return with_bits(a.layout.bits, [&](auto bits) {
-    return with_type(a.dtype, [&](auto* type) {
-      return choose_gemv<element<decltype(type)>, decltype(bits)::value>(a);
-    });
+    constexpr int b = decltype(bits)::value;  // half goes to tensor cores
+    return a.dtype == DType::f32 ? choose_gemv<float, b>(a) : choose_gemv<BFloat16, b>(a);
   });
 }
 

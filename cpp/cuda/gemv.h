@@ -27,24 +27,26 @@ FEWBIT_DEVICE void gemv_run(const PackedProduct& a, const Work& work, const Run&
   const uint32_t* words =
       a.packed + panel * l.panel_words() + t * S::lane_words * panel_rows + 4 * (g % 4);
   const int64_t grid_at = panel * l.groups() * panel_rows + 4 * (g % 4);
-  const int64_t group_steps = l.group_size / S::step, steps = l.columns / S::step;
-  const int64_t end = run.last * gemv_warps < steps ? run.last * gemv_warps : steps;
+  const int group_steps = int(l.group_size / S::step), steps = int(l.columns / S::step);
+  const int64_t last = run.last * gemv_warps;
+  const int end = last < steps ? int(last) : steps;
 
   float total[4][m] = {};
-  for (int64_t from = run.first * gemv_warps + warp; from < end; from += gemv_warps * ahead) {
+  for (int from = int(run.first) * gemv_warps + warp; from < end; from += gemv_warps * ahead) {
     Words w[ahead][S::lane_words];
 #pragma unroll
     for (int s = 0; s < ahead; ++s)
 #pragma unroll
       for (int i = 0; i < S::lane_words; ++i) {
-        const int64_t step = from + s * gemv_warps;
-        if (step < end) w[s][i] = load<4>(words + (step * 4 * S::lane_words + i) * panel_rows);
+        const int step = from + s * gemv_warps;
+        if (step < end)
+          w[s][i] = load<4>(words + (int64_t(step) * 4 * S::lane_words + i) * panel_rows);
       }
 #pragma unroll
     for (int s = 0; s < ahead; ++s) {
-      const int64_t step = from + s * gemv_warps;
+      const int step = from + s * gemv_warps;
       if (step >= end) break;
-      const int64_t at = grid_at + step / group_steps * panel_rows;
+      const int64_t at = grid_at + int64_t(step / group_steps) * panel_rows;
       const Vector<uint8_t, 4> z = load<4>(a.zero_point + at);
       float part[4][m] = {};
 #pragma unroll
@@ -52,7 +54,7 @@ FEWBIT_DEVICE void gemv_run(const PackedProduct& a, const Work& work, const Run&
         float x[m][4];
 #pragma unroll
         for (int r = 0; r < m; ++r) {
-          const int64_t k = step * S::step + t * S::lane_columns + 4 * j;
+          const int k = step * S::step + t * S::lane_columns + 4 * j;
           const Vector<X, 4> in = load<4>(static_cast<const X*>(a.x) + r * l.columns + k);
 #pragma unroll
           for (int i = 0; i < 4; ++i) x[r][i] = to_float(in.v[i]);

@@ -195,17 +195,21 @@ __global__ void hadamard(HadamardRows a) {
         for (int j = 0; j < in_access; ++j) v[i + j] = part.v[j] * scale;
       }
     };
-    const auto quantize = [&](auto v) {
-      Row<decltype(v)::value, 0, decltype(value)> of_row(width, value);
+    const auto quantize = [&](auto v, auto held) {
+      Row<decltype(v)::value, decltype(held)::value, decltype(value)> of_row(width, value);
       const TokenStep step = of_row.fit(a.grid);
       of_row.quantize(Coder(step, a.grid), a.q + row * width,
                       a.words ? a.words + row * (width / 8) : nullptr);
       if (threadIdx.x == 0) a.code_scale[row] = step.s;
     };
-    if (width % 8 == 0)
-      quantize(std::integral_constant<int, 8>());
+    constexpr std::integral_constant<int, 0> none;
+    constexpr std::integral_constant<int, 8> eight;
+    if (width % 8 != 0)
+      quantize(std::integral_constant<int, 1>(), none);
+    else if (width > int(blockDim.x) * 8 * row_held)
+      quantize(eight, none);
     else
-      quantize(std::integral_constant<int, 1>());
+      quantize(eight, std::integral_constant<int, row_held>());
     return;
   }
   if (a.count == 0) return;

@@ -10,37 +10,57 @@ struct Parts {
   Work work;
 };
 
-// Of tiles that blocks share: their parts in the order of k, scaled, with what is to be added.
+// Of tiles that blocks share: their parts in the order of k, scaled, with what is to be added. A
+// thread has four neighbours of a row.
 __global__ void sum_parts(Parts p) {
   const PackedProduct& a = p.product;
   const Work& w = p.work;
-  const int64_t tile = blockIdx.x, in_tile = int64_t(blockIdx.y) * parts_threads + threadIdx.x;
-  const int64_t begin = w.block_of(tile * w.depth), end = w.block_of((tile + 1) * w.depth - 1);
-  const int64_t row = tile % w.m_tiles * w.rows + in_tile / w.columns;
-  const int64_t n = tile / w.m_tiles * w.columns + in_tile % w.columns;
-  if (begin == end || in_tile >= int64_t(w.rows) * w.columns || row >= a.m || n >= a.layout.rows)
-    return;
+  __shared__ int64_t of_tile[4];  // its first and last block, its first row and column
+  if (threadIdx.x == 0) {         // long divisions, once
+    const int64_t tile = blockIdx.x;
+    of_tile[0] = w.block_of(tile * w.depth);
+    of_tile[1] = w.block_of((tile + 1) * w.depth - 1);
+    of_tile[2] = tile % w.m_tiles * w.rows;
+    of_tile[3] = tile / w.m_tiles * w.columns;
+  }
+  __syncthreads();
+  const int64_t begin = of_tile[0], end = of_tile[1];
+  const unsigned in_tile = (blockIdx.y * parts_threads + threadIdx.x) * 4;
+  const unsigned in_row = in_tile / unsigned(w.columns);
+  const int64_t row = of_tile[2] + in_row, n = of_tile[3] + (in_tile - in_row * w.columns);
+  if (begin == end || in_row >= unsigned(w.rows) || row >= a.m || n >= a.layout.rows) return;
   const bool exact = exact_parts(a);
-  int32_t codes = 0;
-  float sum = 0.0f;
+  int32_t codes[4] = {};
+  float sum[4] = {};
   for (int64_t b = begin; b <= end; ++b) {
     const int64_t at = w.slot(b, b == begin) * w.rows * w.columns + in_tile;
-    if (exact)
-      codes += static_cast<const int32_t*>(a.partial)[at];
-    else
-      sum += static_cast<const float*>(a.partial)[at];
+    const Words part = load<4>(static_cast<const uint32_t*>(a.partial) + at);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      codes[i] += int32_t(part.v[i]);
+      sum[i] += float_of(part.v[i]);
+    }
   }
-  if (exact) sum = float(codes) * load_scale(a.scale, a.scale_dtype, n);  // one group: row n
-  put(a, finish(a, sum, row, n), row * a.layout.rows + n);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if (n + i >= a.layout.rows) return;
+    if (exact)  // one group: row n
+      sum[i] = float(codes[i]) * load_scale(a.scale, a.scale_dtype, n + i);
+    put(a, finish(a, sum[i], row, n + i), row * a.layout.rows + n + i);
+  }
 }
 
 namespace {
 
-bool on_cuda_cores(const PackedProduct& a) { return a.codes == 0 && a.m <= few_rows; }
+// Float x that tensor cores take: half, and bfloat16 from sm_80 on. For one row they are idle but
+// for a sixteenth, and still take fewer instructions a weight than multiply-adds do.
+bool on_tensor_cores(const PackedProduct& a, int architecture) {
+  return a.dtype == DType::f16 || (a.dtype == DType::bf16 && architecture >= 80);
+}
 
 Choice choose(const PackedProduct& a, int architecture) {
   if (a.codes != 0) return choose_codes(a, architecture);
-  if (on_cuda_cores(a)) return choose_gemv(a);
+  if (!on_tensor_cores(a, architecture)) return choose_gemv(a);
   return a.dtype == DType::f16 ? choose_half(a, architecture) : choose_bfloat(a);
 }
 
@@ -62,8 +82,7 @@ bool serves(const PackedProduct& a, int architecture) {
   for (const void* p :
        {a.x, a.scale, static_cast<const void*>(a.packed), static_cast<const void*>(a.zero_point)})
     if (reinterpret_cast<uintptr_t>(p) % 16 != 0) return false;
-  if (on_cuda_cores(a) || a.codes != 0) return true;
-  return a.dtype == DType::f16 || (a.dtype == DType::bf16 && architecture >= 80);
+  return a.codes != 0 || on_tensor_cores(a, architecture) || a.m <= few_rows;
 }
 
 int blocks_for(const PackedProduct& a, int architecture, int processors) {
@@ -84,7 +103,7 @@ const char* launch(const PackedProduct& a, Place place) {
   const char* error =
       start(c.kernel, dim3(unsigned(a.blocks)), unsigned(c.threads), size_t(c.shared), place, a);
   if (error != nullptr || !c.work.shares()) return error;
-  const int64_t elements = ceil_div(int64_t(c.work.rows) * c.work.columns, parts_threads);
+  const int64_t elements = ceil_div(int64_t(c.work.rows) * c.work.columns, 4 * parts_threads);
   const dim3 grid(unsigned(c.work.tiles), unsigned(elements));
   return start(&sum_parts, grid, parts_threads, 0, place, Parts{a, c.work});
 }

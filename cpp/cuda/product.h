@@ -155,10 +155,18 @@ FEWBIT_DEVICE RawScales load_scales(const void* scale, DType type, int64_t index
   }
   return r;
 }
-FEWBIT_DEVICE float scale_at(const RawScales& r, DType type, int i) {
-  if (type == DType::f32) return float_of(r.part[i / 4].v[i % 4]);
-  const uint16_t bits = uint16_t(r.part[0].v[i / 2] >> 16 * (i % 2));
-  return type == DType::f16 ? to_float(Half{bits}) : to_float(BFloat16{bits});
+FEWBIT_DEVICE void to_floats(const RawScales& r, DType type, float (&s)[8]) {
+  const auto bits = [&](int i) { return uint16_t(r.part[0].v[i / 2] >> 16 * (i % 2)); };
+  if (type == DType::f32) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) s[i] = float_of(r.part[i / 4].v[i % 4]);
+  } else if (type == DType::f16) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) s[i] = to_float(Half{bits(i)});
+  } else {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) s[i] = to_float(BFloat16{bits(i)});
+  }
 }
 
 // One result from its sum over k.
@@ -186,9 +194,33 @@ FEWBIT_DEVICE void put_eight(const PackedProduct& a, const Work& w, const Run& r
     store(to + 4, Vector<float, 4>{{v[4], v[5], v[6], v[7]}});
     return;
   }
+  const int64_t at = row * a.layout.rows + n;
+  float y[8];
 #pragma unroll
-  for (int i = 0; i < 8; ++i)
-    if (n + i < a.layout.rows) put(a, finish(a, v[i], row, n + i), row * a.layout.rows + n + i);
+  for (int i = 0; i < 8; ++i) y[i] = n + i < a.layout.rows ? finish(a, v[i], row, n + i) : 0.0f;
+  if (a.layout.rows % 8 != 0) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i)
+      if (n + i < a.layout.rows) put(a, y[i], at + i);
+  } else if (n < a.layout.rows) {
+    const auto put_whole = [&](auto* out) {
+      using T = element<decltype(out)>;
+      constexpr int in_access = 16 / int(sizeof(T));
+#pragma unroll
+      for (int i = 0; i < 8; i += in_access) {
+        Vector<T, in_access> part;
+#pragma unroll
+        for (int j = 0; j < in_access; ++j) from_float(y[i + j], &part.v[j]);
+        store(out + at + i, part);
+      }
+    };
+    if (a.dtype == DType::f32)
+      put_whole(static_cast<float*>(a.out));
+    else if (a.dtype == DType::f16)
+      put_whole(static_cast<Half*>(a.out));
+    else
+      put_whole(static_cast<BFloat16*>(a.out));
+  }
 }
 
 // f(0) .. f(n - 1), unrolled: nvcc 12 leaves a long loop as it is, and what it indexes in memory.
@@ -218,59 +250,78 @@ FEWBIT_DEVICE void product_run(const PackedProduct& a, const Work& work, const R
   const uint32_t* words =
       a.packed + in_panel * l.panel_words() + t * S::lane_words * panel_rows + 4 * (g % 4);
 
-  const int64_t steps = l.columns / S::step, first = run.first, last = run.last;
-  const int64_t group_steps = l.group_size / S::step;
+  const int steps = int(l.columns / S::step), first = int(run.first), last = int(run.last);
+  const int group_steps = int(l.group_size / S::step);
   const bool exact = single || exact_parts(a);
 
   unsigned char* const ring = dynamic_shared();
-  const auto x_stage = [&](int64_t slab) { return ring + slab % S::stages * S::x_bytes; };
-  const auto w_stage = [&](int64_t slab) {
-    return ring + S::stages * S::x_bytes + slab % S::stages * S::w_bytes + threadIdx.x * 16;
-  };
   Words x_next[S::x_loads] = {}, w_next[S::w_loads] = {}, w[S::w_loads] = {};
+  // What this thread fetches of a slab of x: 16 bytes of some rows, x_row and x_byte.
+  const auto x_row = [&](int i) {
+    return (int(threadIdx.x) + i * product_threads) / (S::row_bytes / 16);
+  };
+  const int x_byte = int(threadIdx.x) % (S::row_bytes / 16) * 16;
+  static_assert(product_threads % (S::row_bytes / 16) == 0);
+  const auto x_at = [&](int i, int stage) {
+    return ring + stage * S::x_bytes + x_row(i) * S::pitch + x_byte;
+  };
+  const auto w_at = [&](int i, int stage) {
+    return ring + S::stages * S::x_bytes + stage * S::w_bytes +
+           (int(threadIdx.x) + i * product_threads) * 16;
+  };
+  const unsigned char* x_from[S::x_loads];
+  uint32_t x_inside = 0;  // bit i: row x_row(i) is one of x
+#pragma unroll
+  for (int i = 0; i < S::x_loads; ++i) {
+    const int64_t row = m0 + x_row(i);
+    x_from[i] = static_cast<const unsigned char*>(a.x);
+    if (row >= a.m || (S::x_pieces % product_threads != 0 && x_row(i) >= S::rows)) continue;
+    x_from[i] += (row * l.columns + int64_t(first) * S::slab) * S::x_bits / 8 + x_byte;
+    x_inside |= 1u << i;
+  }
+  const uint32_t* w_from = words + int64_t(first) * S::steps * 4 * S::lane_words * panel_rows;
+  int fetched = first, to_stage = 0;  // the next slab that is fetched, and where to
 
   // Level 80: copies into the ring, some slabs ahead. Level 75: one slab ahead, in registers.
-  const auto fetch = [&](int64_t slab) {
+  const auto fetch = [&] {
+    const int x_left = int(l.columns) - fetched * S::slab - x_byte * 8 / S::x_bits;
+    const bool x_fetched = fetched < last && x_left > 0;
 #pragma unroll
     for (int i = 0; i < S::x_loads; ++i) {
-      const int piece = int(threadIdx.x) + i * product_threads;
-      const int row = piece / (S::row_bytes / 16), byte = piece % (S::row_bytes / 16) * 16;
-      const int64_t k = slab * S::slab + byte * 8 / S::x_bits;
-      const bool inside = slab < last && k < l.columns && m0 + row < a.m;
-      const unsigned char* from = static_cast<const unsigned char*>(a.x) +
-                                  (inside ? ((m0 + row) * l.columns + k) * S::x_bits / 8 : 0);
-      if (S::x_pieces % product_threads != 0 && piece >= S::x_pieces) continue;
+      if (S::x_pieces % product_threads != 0 && x_row(i) >= S::rows) continue;
+      const bool inside = x_fetched && (x_inside >> i & 1) != 0;
       if constexpr (async)
-        copy_16<level>(x_stage(slab) + row * S::pitch + byte, from, inside);
+        copy_16<level>(x_at(i, to_stage), x_from[i], inside);
       else
-        x_next[i] = inside ? load<4>(reinterpret_cast<const uint32_t*>(from)) : Words{};
+        x_next[i] = inside ? load<4>(reinterpret_cast<const uint32_t*>(x_from[i])) : Words{};
+      if (inside) x_from[i] += S::row_bytes;  // never past the end
     }
 #pragma unroll
     for (int i = 0; i < S::w_loads; ++i) {
-      const int64_t step = slab * S::steps + i / S::lane_words;
-      const bool inside = slab < last && step < steps;
+      const bool inside = fetched < last && fetched * S::steps + i / S::lane_words < steps;
       const uint32_t* from =
-          words + (inside ? (step * 4 * S::lane_words + i % S::lane_words) * panel_rows : 0);
+          w_from + (i / S::lane_words * 4 * S::lane_words + i % S::lane_words) * panel_rows;
       if constexpr (async)
-        copy_16<level>(w_stage(slab) + i * product_threads * 16, from, inside);
+        copy_16<level>(w_at(i, to_stage), inside ? from : words, inside);
       else
         w_next[i] = inside ? load<4>(from) : Words{};
     }
     end_copies<level>();
+    w_from += S::steps * 4 * S::lane_words * panel_rows;
+    ++fetched;
+    to_stage = to_stage + 1 < S::stages ? to_stage + 1 : 0;
   };
-  const auto land = [&](int64_t slab) {
+  const auto land = [&](int stage) {
     if constexpr (async) {
       wait_for_copies<level, S::stages - 2>();
 #pragma unroll
       for (int i = 0; i < S::w_loads; ++i)  // a thread reads what it copied itself
-        w[i] = load<4>(reinterpret_cast<uint32_t*>(w_stage(slab) + i * product_threads * 16));
+        w[i] = load<4>(reinterpret_cast<uint32_t*>(w_at(i, stage)));
     } else {
 #pragma unroll
       for (int i = 0; i < S::x_loads; ++i) {
-        const int piece = int(threadIdx.x) + i * product_threads;
-        if (S::x_pieces % product_threads != 0 && piece >= S::x_pieces) continue;
-        const int row = piece / (S::row_bytes / 16), byte = piece % (S::row_bytes / 16) * 16;
-        *reinterpret_cast<Words*>(x_stage(slab) + row * S::pitch + byte) = x_next[i];
+        if (S::x_pieces % product_threads != 0 && x_row(i) >= S::rows) continue;
+        *reinterpret_cast<Words*>(x_at(i, stage)) = x_next[i];
       }
 #pragma unroll
       for (int i = 0; i < S::w_loads; ++i) w[i] = w_next[i];
@@ -284,7 +335,7 @@ FEWBIT_DEVICE void product_run(const PackedProduct& a, const Work& work, const R
   uint32_t zero[4] = {};
   RawScales scales = {};
   // The group's sums of codes less what zero points add, in place.
-  const auto centre = [&](int64_t group) {
+  const auto centre = [&](int group) {
     const Vector<uint8_t, 8> z = load<8>(a.zero_point + out_scale + group * panel_rows);
     // Of a group in parts, the part that begins it takes the whole of the code sum.
     const bool begins = group * group_steps >= first * S::steps;
@@ -309,13 +360,15 @@ FEWBIT_DEVICE void product_run(const PackedProduct& a, const Work& work, const R
       }
   };
   // A sum times its scale; of a part whose sum is to stay exact, its bits.
+  float by[8] = {};
   const auto scaled = [&](Sum v, int i, int e) {
     if (S::integer && exact && !run.whole) return float_of(uint32_t(v));
-    return float(v) * scale_at(scales, a.scale_dtype, 4 * e + i);
+    return float(v) * by[4 * e + i];
   };
   // The group's sums into the total.
-  const auto flush = [&](int64_t group) {
+  const auto flush = [&](int group) {
     if constexpr (S::integer) centre(group);
+    to_floats(scales, a.scale_dtype, by);
 #pragma unroll
     for (int i = 0; i < 4; ++i)
 #pragma unroll
@@ -333,21 +386,26 @@ FEWBIT_DEVICE void product_run(const PackedProduct& a, const Work& work, const R
   };
 
 #pragma unroll
-  for (int s = 0; s < S::stages - 1; ++s) fetch(first + s);
-  for (int64_t slab = first; slab < last; ++slab) {
-    land(slab);
-    fetch(slab + S::stages - 1);
-    const unsigned char* const x = x_stage(slab);
+  for (int s = 0; s < S::stages - 1; ++s) fetch();
+  int group = single ? 0 : first * S::steps / group_steps;
+  int in_group = single ? 0 : first * S::steps - group * group_steps;  // steps of it so far
+  bool begins = true;  // a group, as far as this run has it
+  for (int slab = first, stage = 0; slab < last; ++slab) {
+    land(stage);
+    fetch();
+    const unsigned char* const x = ring + stage * S::x_bytes;
+    stage = stage + 1 < S::stages ? stage + 1 : 0;
 #pragma unroll
     for (int c = 0; c < S::steps; ++c) {
-      const int64_t step = slab * S::steps + c;
+      const int step = slab * S::steps + c;
       if (step >= steps) break;
-      const int64_t group = single ? 0 : step / group_steps;
       if constexpr (!single) {
-        if (step % group_steps == 0 || (slab == first && c == 0)) {
-          scales = load_scales(a.scale, a.scale_dtype, out_scale + group * panel_rows);
+        if (begins) {
+          begins = false;
+          scales = load_scales(a.scale, a.scale_dtype, out_scale + int64_t(group) * panel_rows);
           if constexpr (!S::integer) {
-            const Vector<uint8_t, 4> z = load<4>(a.zero_point + in_zero + group * panel_rows);
+            const Vector<uint8_t, 4> z =
+                load<4>(a.zero_point + in_zero + int64_t(group) * panel_rows);
 #pragma unroll
             for (int i = 0; i < 4; ++i) zero[i] = half_1024 | z.v[i] | uint32_t(z.v[i]) << 16;
           }
@@ -406,14 +464,20 @@ FEWBIT_DEVICE void product_run(const PackedProduct& a, const Work& work, const R
         }
       }
       if constexpr (!single) {
-        const bool ends = (step + 1) % group_steps == 0;
-        if (ends || step + 1 == steps || (slab + 1 == last && c + 1 == S::steps)) flush(group);
+        const bool ends = ++in_group == group_steps;
+        if (ends || step + 1 == steps || (slab + 1 == last && c + 1 == S::steps)) {
+          flush(group);
+          begins = true;
+          ++group;
+          in_group = 0;
+        }
       }
     }
   }
   if constexpr (single) {
     scales = load_scales(a.scale, a.scale_dtype, out_scale);
     centre(0);
+    to_floats(scales, a.scale_dtype, by);
   }
 
   each<tiles>([&](int mt) {

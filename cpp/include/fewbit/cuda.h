@@ -65,7 +65,7 @@ int64_t partial_bytes(const PackedProduct& a, int architecture);
 // Most rows for which reading packed weights is worth it: from there on tensor cores are the limit
 // and one pass that dequantises costs little (docs of Marlin and Machete; to be measured).
 constexpr int64_t most_rows(int architecture) { return architecture >= 90 ? 128 : 256; }
-constexpr int64_t few_rows = 4;  // most rows of float x that run on CUDA cores
+constexpr int64_t few_rows = 4;  // most rows of x that run on CUDA cores, where tensor cores cannot
 
 // Packed weights to a dense matrix, (q - z) s rounded to its type: what torch's own product of many
 // rows takes.
