@@ -168,6 +168,22 @@ def act_stats(device: torch.device) -> Iterator[Answer]:
         top = torch.zeros(x.shape[1], device=device)
         ops.act_stats(x.to(device), total, top)
         yield from _exact(_grid_name(x), (total, top), (want_sum, want_top))
+        # An infinity stays, and a NaN that an earlier batch left in the sum or in the maximum.
+        for i, (of_sum, of_top) in enumerate([(1.5, 2.0), (torch.nan, 2.0), (1.5, torch.nan)]):
+            channel = i % x.shape[1]
+            total[:], top[:] = of_sum, of_top
+            spoilt = x.clone()
+            if i == 0 and len(x):
+                spoilt[len(x) // 2, channel] = -torch.inf
+            ops.act_stats(spoilt.to(device), total, top)
+            want_sum[:], want_top[:] = of_sum, of_top
+            for row in spoilt.float().abs():
+                want_sum += row.double()
+                want_top = torch.maximum(want_top, row)
+            lost = want_sum.isnan() | want_top.isnan()
+            want_sum[lost], want_top[lost] = torch.nan, torch.nan
+            yield from _exact(f"{_grid_name(x)} after {of_sum}, {of_top}", (total, top),
+                              (want_sum, want_top))  # fmt: skip
 
 
 @sweep

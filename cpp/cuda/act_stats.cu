@@ -3,31 +3,42 @@
 
 namespace fewbit::cuda {
 
-constexpr int stats_threads = 64;  // few per block: channels are few, and every SM is to have some
+constexpr int stats_threads = 32;  // channels are few, and every SM is to have some blocks
 
-// One chain per channel, tokens in order, in float64: the same bits as on the CPU. Loads of eight
-// tokens are under way while their sums are added.
+// One chain per channel, tokens in order, in float64: the same bits as on the CPU, and, as there
+// (cpp/cpu/act_stats.cpp), of |x| 2^-896, which takes moved bits and no conversion: cards for games
+// and T4s convert to float64 32 times slower than they load. Many tokens are under way at a time.
 template <class T>
 __global__ void act_stats(ActStats a) {
   const int64_t c = int64_t(blockIdx.x) * stats_threads + threadIdx.x;
   if (c >= a.channels) return;
   const T* x = static_cast<const T*>(a.x) + c;
+  const float before = a.max_abs[c];
   double sum = a.sum_abs[c];
-  float top = a.max_abs[c];
-  constexpr int ahead = 8;
-  for (int64_t t = 0; t < a.tokens; t += ahead) {
-    float v[ahead];
+  const bool lost = sum != sum || before != before;
+  uint32_t top = lost ? 0x7FC00000u : bits_of(before);  // of numbers without sign: order is theirs
+  sum *= 0x1p-896;
+  const auto add = [&](float v) {
+    const uint32_t u = bits_of(abs_of(v));
+    sum += __builtin_bit_cast(double, uint64_t(u) << 29);
+    top = u > top ? u : top;
+  };
+  constexpr int ahead = 16;
+  int64_t t = 0;
+#pragma unroll 1
+  for (; t + ahead <= a.tokens; t += ahead) {
+    T v[ahead];
 #pragma unroll
-    for (int i = 0; i < ahead; ++i)
-      v[i] = t + i < a.tokens ? abs_of(to_float(x[(t + i) * a.channels])) : 0.0f;
+    for (int i = 0; i < ahead; ++i, x += a.channels) v[i] = *x;
 #pragma unroll
-    for (int i = 0; i < ahead; ++i) {
-      sum += double(v[i]);
-      top = v[i] <= top ? top : v[i];  // a NaN, once in, makes this false and stays
-    }
+    for (int i = 0; i < ahead; ++i) add(to_float(v[i]));
   }
-  a.sum_abs[c] = sum;
-  a.max_abs[c] = sum != sum ? float(sum) : top;
+#pragma unroll 1
+  for (; t < a.tokens; ++t, x += a.channels) add(to_float(*x));
+  sum *= 0x1p896;
+  const float most = float_of(top);
+  a.max_abs[c] = most;
+  a.sum_abs[c] = most <= 3.4028235e38f ? sum : double(most);
 }
 
 const char* launch(const ActStats& a, Place place) {

@@ -14,9 +14,14 @@ __global__ void pack(Pack a) {
   const int64_t panel = blockIdx.x, r = threadIdx.x % panel_rows, row = panel * panel_rows + r;
   bool exceeds = false;
   uint32_t* out = a.packed + panel * l.panel_words() + r;
-  for (int64_t u = threadIdx.x / panel_rows; u < l.units(); u += pack_threads / panel_rows) {
+  const bool whole = whole_units<bits>(l, a.q);
+  const int64_t units = l.units(), groups = l.groups();
+#pragma unroll 2
+  for (int64_t u = threadIdx.x / panel_rows; u < units; u += pack_threads / panel_rows) {
     uint32_t quad[columns / 4] = {};
-    if (row < l.rows) {
+    if (row < l.rows && whole) {
+      load_quads<bits>(a.q + row * l.columns + u * columns, quad);
+    } else if (row < l.rows) {
       const UnitSpan span = unit_span(l, u);
       const uint8_t* q = a.q + row * l.columns + span.start;
 #pragma unroll
@@ -27,8 +32,8 @@ __global__ void pack(Pack a) {
     for (int j = 0; j < columns / 4; ++j) exceeds |= (quad[j] & ~code_mask<bits>()) != 0;
     put_quads<bits>(quad, out + u * unit_words(bits) * panel_rows);
   }
-  for (int64_t g = threadIdx.x / panel_rows; g < l.groups(); g += pack_threads / panel_rows) {
-    const int64_t to = (panel * l.groups() + g) * panel_rows + r, from = row * l.groups() + g;
+  for (int64_t g = threadIdx.x / panel_rows; g < groups; g += pack_threads / panel_rows) {
+    const int64_t to = (panel * groups + g) * panel_rows + r, from = row * groups + g;
     const bool inside = row < l.rows;
     a.panel_zero_point[to] = inside ? a.zero_point[from] : uint8_t(0);
     if (a.scale_bytes == 4)

@@ -18,6 +18,36 @@ FEWBIT_ALWAYS_INLINE UnitSpan unit_span(const PackedLayout& l, int64_t u) {
   return {start, n < unit_columns(l.bits) ? n : unit_columns(l.bits)};
 }
 
+// Whether every unit is whole, and rows of single bytes at p can be accessed by units.
+template <int bits>
+FEWBIT_DEVICE bool whole_units(const PackedLayout& l, const void* p) {
+  constexpr int columns = int(unit_columns(bits)), access = columns < 16 ? columns : 16;
+  return l.group_size % columns == 0 && l.columns % columns == 0 &&
+         reinterpret_cast<uintptr_t>(p) % access == 0;
+}
+// A unit's codes at p, a byte each, as quads; and the reverse.
+template <int bits>
+FEWBIT_DEVICE void load_quads(const uint8_t* p, uint32_t (&quad)[unit_columns(bits) / 4]) {
+  constexpr int quads = int(unit_columns(bits)) / 4, access = quads < 4 ? quads : 4;
+#pragma unroll
+  for (int i = 0; i < quads; i += access) {
+    const auto part = load<access>(reinterpret_cast<const uint32_t*>(p) + i);
+#pragma unroll
+    for (int j = 0; j < access; ++j) quad[i + j] = part.v[j];
+  }
+}
+template <int bits>
+FEWBIT_DEVICE void store_quads(const uint32_t (&quad)[unit_columns(bits) / 4], uint8_t* p) {
+  constexpr int quads = int(unit_columns(bits)) / 4, access = quads < 4 ? quads : 4;
+#pragma unroll
+  for (int i = 0; i < quads; i += access) {
+    Vector<uint32_t, access> part;
+#pragma unroll
+    for (int j = 0; j < access; ++j) part.v[j] = quad[i + j];
+    store(reinterpret_cast<uint32_t*>(p) + i, part);
+  }
+}
+
 FEWBIT_DEVICE float load_scale(const void* scale, DType type, int64_t index) {
   if (type == DType::f32) return static_cast<const float*>(scale)[index];
   if (type == DType::f16) return to_float(static_cast<const Half*>(scale)[index]);

@@ -12,19 +12,29 @@ __global__ void unpack(Unpack a) {
   const int64_t panel = blockIdx.x, r = threadIdx.x % panel_rows, row = panel * panel_rows + r;
   if (row >= l.rows) return;
   const uint32_t* in = a.packed + panel * l.panel_words() + r;
-  for (int64_t u = threadIdx.x / panel_rows; u < l.units(); u += unpack_threads / panel_rows) {
+  const bool whole = whole_units<bits>(l, a.q);
+  const int64_t units = l.units(), groups = l.groups();
+#pragma unroll 2
+  for (int64_t u = threadIdx.x / panel_rows; u < units; u += unpack_threads / panel_rows) {
     uint32_t word[unit_words(bits)];
 #pragma unroll
     for (int i = 0; i < unit_words(bits); ++i)
       word[i] = in[(u * unit_words(bits) + i) * panel_rows];
+    if (whole) {
+      uint32_t quad[columns / 4];
+#pragma unroll
+      for (int j = 0; j < columns / 4; ++j) quad[j] = quad_of<bits>(word, j);
+      store_quads<bits>(quad, a.q + row * l.columns + u * columns);
+      continue;
+    }
     const UnitSpan span = unit_span(l, u);
     uint8_t* q = a.q + row * l.columns + span.start;
 #pragma unroll
     for (int i = 0; i < columns; ++i)
       if (i < span.n) q[i] = uint8_t(quad_of<bits>(word, i / 4) >> 8 * (i % 4));
   }
-  for (int64_t g = threadIdx.x / panel_rows; g < l.groups(); g += unpack_threads / panel_rows) {
-    const int64_t from = (panel * l.groups() + g) * panel_rows + r, to = row * l.groups() + g;
+  for (int64_t g = threadIdx.x / panel_rows; g < groups; g += unpack_threads / panel_rows) {
+    const int64_t from = (panel * groups + g) * panel_rows + r, to = row * groups + g;
     a.zero_point[to] = a.panel_zero_point[from];
     if (a.scale_bytes == 4)
       static_cast<uint32_t*>(a.scale)[to] = static_cast<const uint32_t*>(a.panel_scale)[from];
