@@ -367,6 +367,15 @@ def hadamard(device: torch.device) -> Iterator[Answer]:
         size = x.double().norm(dim=1, keepdim=True)
         bound = (p.k + p.m + 2) * 2.0**-23 * size + 2 * ROUND[x.dtype] * want.abs() + 2.0**-24
         yield f"{n} = {p.m} x 2^{p.k} {x.dtype}", got, want, bound
+    for n in (640, 11008):  # rows that halves hold only scaled, and one that they cannot
+        p = plan(n)
+        x = torch.randn(4, n) * torch.tensor([[1.0], [1e-30], [1e35], [1.0]])
+        x[3, 5] = -torch.inf
+        got = ops.hadamard(x.to(device), [base.to(device) for base in p.bases()])
+        want = transform(x.double(), p)
+        bound = (p.k + p.m + 4) * 2.0**-23 * x.double().norm(dim=1, keepdim=True)
+        yield f"{n} large and small", got[:3], want[:3], bound[:3]
+        yield f"{n} infinite", got[3:], want[3:].float(), None
 
 
 @sweep

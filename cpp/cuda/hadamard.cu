@@ -1,5 +1,5 @@
 #include "fewbit/hadamard.h"
-#include "mma.h"
+#include "hadamard_base.h"
 #include "tokens.h"
 
 namespace fewbit::cuda {
@@ -112,14 +112,18 @@ FEWBIT_DEVICE void base_in_place(const HadamardRows::Base& b, float* z, int n, i
   __syncthreads();
 }
 
-// The row's first pass where accesses are of 16 bytes: 16 neighbours a thread.
+// The row's first pass where accesses are of 16 bytes: 16 neighbours a thread. The largest that
+// this thread has seen.
 template <class T>
-FEWBIT_DEVICE void first_pass(const HadamardRows& a, const T* x, int width, float* z) {
+FEWBIT_DEVICE float first_pass(const HadamardRows& a, const T* x, int width, float* z) {
   constexpr int count = 1 << max_radix, in_access = 16 / int(sizeof(T));
+  float most = 0.0f;
 #pragma unroll 1
   for (int base = int(threadIdx.x) * count; base < width; base += int(blockDim.x) * count) {
     float v[count];
     load_floats<in_access>(x + base, v);
+#pragma unroll
+    for (int r = 0; r < count; ++r) most = fmaxf(most, fabsf(v[r]));
     if (a.signs) {
       const Vector<int8_t, count> sign = load<count>(a.signs + base);
 #pragma unroll
@@ -133,6 +137,7 @@ FEWBIT_DEVICE void first_pass(const HadamardRows& a, const T* x, int width, floa
                                                                           v[r + 3]};
   }
   __syncthreads();
+  return most;
 }
 
 // Stages from log_first on, the last of them to `last`.
@@ -148,14 +153,23 @@ FEWBIT_DEVICE void passes_from(int k, int width, const Get& get, const Put& put,
   }
 }
 
-template <class T, bool codes>
-__global__ void hadamard(HadamardRows a) {
+// With masks for the tensor cores that many words into shared memory, behind the row; 0: none.
+struct HadamardLaunch {
+  HadamardRows a;
+  int masks;
+};
+
+template <class T, bool codes, int level>
+FEWBIT_DEVICE void hadamard_row(const HadamardLaunch& launch, int64_t row, float* z,
+                                const uint32_t* masks) {
+  const HadamardRows& a = launch.a;
   const int width = int(a.width);
-  const T* x = static_cast<const T*>(a.x) + int64_t(blockIdx.x) * width;
-  T* y = static_cast<T*>(a.y) + int64_t(blockIdx.x) * width;
-  float* z = reinterpret_cast<float*>(dynamic_shared());
+  const T* x = static_cast<const T*>(a.x) + row * width;
+  T* y = static_cast<T*>(a.y) + row * width;
+  float most = 0.0f;
   const auto from_row = [&](int e, int) {
     const float v = to_float(x[e]);
+    most = fmaxf(most, fabsf(v));
     return a.signs ? flip(v, a.signs[e]) : v;
   };
   const auto get = [&](int, int place) { return z[place]; };
@@ -166,12 +180,43 @@ __global__ void hadamard(HadamardRows a) {
                     reinterpret_cast<uintptr_t>(a.signs) % 16 == 0;
   const int first = a.k < max_radix ? a.k : max_radix;  // stages of the first pass
   if (wide)
-    first_pass(a, x, width, z);
+    most = first_pass(a, x, width, z);
   else if (first == a.k && !stays)
     pass_of<0>(first, width, from_row, to_row);
   else
     pass_of<0>(first, width, from_row, put);
-  if (first < a.k) {
+  int bases = a.count;
+  if (launch.masks != 0) {
+    const HalfScale scale = half_scale(reduce_block(most, Most()) * float(1 << a.k));
+    if (scale.serves) {
+      const HadamardRows::Base& base = a.bases[0];
+      const int n = 1 << a.k;
+      const uint32_t* halves = reinterpret_cast<const uint32_t*>(z);
+      passes_from<max_radix>(a.k, width, get, put, [&](int, int place, float v) {
+        z[place] = float_of(two_halves(v * scale.to));
+      });
+      bases = 0;
+      if constexpr (codes) {
+        base_on_tensor_cores<level, true>(
+            base.m, n, masks, halves, [&](int e, const Vector<float, 2>& v) {
+              *reinterpret_cast<Vector<float, 2>*>(z + shared_place(e)) = {v.v[0] * scale.back,
+                                                                           v.v[1] * scale.back};
+            });
+        __syncthreads();
+      } else {
+        base_on_tensor_cores<level, false>(base.m, n, masks, halves,
+                                           [&](int e, const Vector<float, 2>& v) {
+                                             Vector<T, 2> out;
+#pragma unroll
+                                             for (int i = 0; i < 2; ++i)
+                                               from_float(v.v[i] * scale.back * a.scale, &out.v[i]);
+                                             store(y + e, out);
+                                           });
+        return;
+      }
+    }
+  }
+  if (bases == a.count && first < a.k) {
     if (stays)
       passes_from<max_radix>(a.k, width, get, put, put);
     else
@@ -179,12 +224,11 @@ __global__ void hadamard(HadamardRows a) {
   }
   int n = 1 << a.k;  // what lies inside the next base
 #pragma unroll 1
-  for (int i = a.count - 1; i >= (codes ? 0 : 1); --i) {
+  for (int i = bases - 1; i >= (codes ? 0 : 1); --i) {
     base_in_place(a.bases[i], z, n, width);
     n *= a.bases[i].m;
   }
   if constexpr (codes) {
-    const int64_t row = blockIdx.x;
     const auto value = [=, scale = a.scale](int64_t k, auto& v) {
       constexpr int V = int(sizeof(v) / sizeof(float)), in_access = V < 4 ? V : 4;
 #pragma unroll
@@ -212,9 +256,10 @@ __global__ void hadamard(HadamardRows a) {
       quantize(eight, std::integral_constant<int, row_held>());
     return;
   }
-  if (a.count == 0) return;
+  if (bases == 0) return;
   const HadamardRows::Base& base = a.bases[0];
   const int columns = (base.m + 3) / 4 * n;
+#pragma unroll 1
   for (int at = int(threadIdx.x); at < columns; at += int(blockDim.x)) {
     float v[4];
     const int o = at / n * 4, c = at % n;
@@ -225,20 +270,52 @@ __global__ void hadamard(HadamardRows a) {
   }
 }
 
+// A block does row after row, so that masks are made once.
+template <class T, bool codes, int level>
+__global__ void hadamard(HadamardLaunch launch) {
+  if constexpr (compiled<Half, level>) {
+    float* z = reinterpret_cast<float*>(dynamic_shared());
+    uint32_t* masks = reinterpret_cast<uint32_t*>(z) + launch.masks;
+    if (launch.masks != 0) make_masks(launch.a.bases[0].signs, launch.a.bases[0].m, masks);
+#pragma unroll 1
+    for (int64_t row = blockIdx.x; row < launch.a.rows; row += gridDim.x) {
+      hadamard_row<T, codes, level>(launch, row, z, masks);
+      __syncthreads();
+    }
+  }
+}
+
 const char* launch(const HadamardRows& a, Place place) {
-  const size_t shared =
-      size_t(hadamard_bytes(a.width, false));  // shared_place stays inside 128 values
-  int64_t in_place = 1;
+  int64_t shared = hadamard_bytes(a.width, false);  // shared_place stays inside 128 values
+  int64_t in_place = 1, blocks = a.rows;
   for (int i = a.code_scale ? 0 : 1; i < a.count; ++i)
     in_place = a.bases[i].m > in_place ? a.bases[i].m : in_place;
+  HadamardLaunch all{a, 0};
+  if (a.count == 1 && a.bases[0].signs && a.k >= 5) {
+    const int64_t with_masks = shared + mask_words(a.bases[0].m) * int64_t(sizeof(uint32_t));
+    if (with_masks + 1024 <= shared_memory(place.device)) {  // and what reductions take
+      all.masks = int(shared / 4);
+      const int64_t fill = 4 * int64_t(processors(place.device));
+      shared = with_masks;
+      blocks = blocks < fill ? blocks : fill;
+      in_place = 1;
+    }
+  }
   // A base in place needs a thread for each four of its rows.
   const unsigned threads = threads_for(a.width >> max_radix, 512);
   const unsigned quads = unsigned(ceil_div(in_place, 4));
   const unsigned block = threads < quads ? threads_for(quads, 512) : threads;
   return with_type(a.dtype, [&](auto* type) {
     using T = element<decltype(type)>;
-    return start(a.code_scale ? &hadamard<T, true> : &hadamard<T, false>, dim3(unsigned(a.rows)),
-                 block, shared, place, a);
+    const auto run = [&](auto codes, auto level) {
+      return start(&hadamard<T, decltype(codes)::value, decltype(level)::value>,
+                   dim3(unsigned(blocks)), block, size_t(shared), place, all);
+    };
+    const auto with_codes = [&](auto level) {
+      return a.code_scale ? run(std::true_type(), level) : run(std::false_type(), level);
+    };
+    return place.architecture >= 80 ? with_codes(std::integral_constant<int, 80>())
+                                    : with_codes(std::integral_constant<int, 75>());
   });
 }
 
