@@ -367,15 +367,15 @@ def _dot_bytes(a, b, c):
     return (bytes_of[0].astype(np.int32) * bytes_of[1].astype(np.int32)).sum(1, np.int32) + c
 
 
-def _two_floats(high, low):
-    """cvt.rn.bf16x2.f32: to the nearest bfloat16, ties to even."""
+def _bfloat(v):
+    """The bits of the nearest bfloat16, ties to even."""
+    bits = np.asarray(v, np.float32).view(np.uint32)
+    rounded = bits + np.uint32(0x7FFF) + (bits >> np.uint32(16) & np.uint32(1))
+    return np.where(np.isnan(v), np.uint32(0x7FFF), rounded >> np.uint32(16))
 
-    def half(v):
-        bits = np.asarray(v, np.float32).view(np.uint32)
-        rounded = bits + np.uint32(0x7FFF) + (bits >> np.uint32(16) & np.uint32(1))
-        return np.where(np.isnan(v), np.uint32(0x7FFF), rounded >> np.uint32(16))
 
-    return half(high) << np.uint32(16) | half(low)
+def _two_bfloats(high, low):
+    return _bfloat(high) << np.uint32(16) | _bfloat(low)
 
 
 def _halves(operation, a, b):
@@ -421,7 +421,9 @@ def _compile(one: Instruction, kernel: Kernel):
         put = _writer(operands[0], kernel)
         return lambda m, a: put(m, a, np.where(which(m, a), yes(m, a), no(m, a)))
     if name == "cvt" and parts[1:] == ["rn", "bf16x2", "f32"]:
-        return _plain(_two_floats, operands, kernel, [np.float32] * 2)
+        return _plain(_two_bfloats, operands, kernel, [np.float32] * 2)
+    if name == "cvt" and parts[1:] == ["rn", "bf16", "f32"]:
+        return _plain(lambda v: _bfloat(v).astype(np.uint16), operands, kernel, [np.float32])
     if name == "cvt":
         source, convert = _convert(parts)
         return _plain(convert, operands, kernel, [source])

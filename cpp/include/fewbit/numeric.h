@@ -1,4 +1,5 @@
-// Scalar conversions and rounding, the same bits on every CPU and in CUDA kernels.
+// Scalar conversions and rounding, the same bits on every CPU and in CUDA kernels (but for those of a
+// NaN, which cards do not keep).
 #pragma once
 #include "fewbit/dtype.h"
 
@@ -25,10 +26,14 @@ FEWBIT_ALWAYS_INLINE float to_float(Half v) {
 
 FEWBIT_ALWAYS_INLINE void from_float(float v, float* out) { *out = v; }
 FEWBIT_ALWAYS_INLINE void from_float(float v, BFloat16* out) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(out->bits) : "f"(v));
+#else
   const uint32_t u = bits_of(v);
   // Round half to even on the 16 dropped bits; a NaN keeps a set quiet bit.
   out->bits =
       v != v ? uint16_t((u >> 16) | 0x40u) : uint16_t((u + 0x7FFFu + ((u >> 16) & 1u)) >> 16);
+#endif
 }
 FEWBIT_ALWAYS_INLINE void from_float(float v, Half* out) {
 #if defined(__CUDA_ARCH__)
