@@ -54,6 +54,13 @@ struct Coder {
     for (int j = 0; j < V; ++j) code[j] = whole_base + by_division(v[j]);
   }
 
+  // q of one number.
+  FEWBIT_DEVICE float code(float v) const {
+    float one[1] = {v}, shifted[1];
+    shifted_codes(one, shifted);
+    return shifted[0] - whole_base;
+  }
+
   // (q - z) s of shifted codes.
   template <class T, int V>
   FEWBIT_DEVICE Vector<T, V> values(const float (&code)[V]) const {

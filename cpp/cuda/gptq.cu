@@ -1,8 +1,7 @@
 // GPTQ (fewbit/gptq.h): one launch per block of columns, a warp per row. Every chain of
 // multiply-adds runs in the order of the CPU kernel, so codes, scales and zero points have its
 // bits.
-#include "device.h"
-#include "fewbit/grid.h"
+#include "codes.h"
 
 namespace fewbit::cuda {
 
@@ -42,10 +41,10 @@ FEWBIT_DEVICE Step fit_values(const GptqRows& a, int64_t n, const Value& value,
     return point == 0 ? make_step(lo, hi, a.grid) : make_step(keep * lo, keep * hi, a.grid);
   };
   const auto loss_of = [&](int64_t point) {
-    const Step g = step_of(point);
+    const Coder g(step_of(point));
     float sum = 0.0f;
     for (int64_t i = 0; i < n; ++i) {
-      const float v = value(i), d = v - (code(v, g) - g.z) * g.s;
+      const float v = value(i), d = v - (g.code(v) - g.z) * g.s;
       sum = fmaf(d * importance(i), d, sum);
     }
     return sum;
@@ -135,7 +134,8 @@ __global__ void __launch_bounds__(gptq_threads, 1) gptq_solve(GptqRows a) {
   };
   const bool fits = a.fit == GroupFit::in_order && a.group_size <= gptq_block;
 
-  Step g{1.0f, 0.0f, float((1 << a.grid.bits) - 1)};
+  const float qmax = float((1 << a.grid.bits) - 1);
+  Coder g(1.0f, 0.0f, 0.0f, qmax);
   int64_t group = -1;
 #pragma unroll
   for (int i = 0; i < lane_values; ++i) {
@@ -160,19 +160,20 @@ __global__ void __launch_bounds__(gptq_threads, 1) gptq_solve(GptqRows a) {
 #pragma unroll
           for (int j = 0; j < lane_values; ++j) group_values[j * warp_size + lane] = best[j];
           __syncwarp();
-          g = fit_values(
+          const Step fitted = fit_values(
               a, a.group_size, [&](int64_t v) { return group_values[k + v]; },
               [&](int64_t v) {
                 return a.importance ? a.importance[column_at(a, a.begin + k + v)] : 1.0f;
               });
           __syncwarp();
-          if (lane == 0 && !repeats) put_step(a, row, group, g);
+          if (lane == 0 && !repeats) put_step(a, row, group, fitted);
+          g = Coder(fitted);
         } else {
-          g.s = a.scale[row * a.groups + group];
-          g.z = float(a.zero_point[row * a.groups + group]);
+          const int64_t of_group = row * a.groups + group;
+          g = Coder(a.scale[of_group], float(a.zero_point[of_group]), 0.0f, qmax);
         }
       }
-      const float q = code(__shfl_sync(full_warp, x[i], l), g);
+      const float q = g.code(__shfl_sync(full_warp, x[i], l));
       const float d = __shfl_sync(full_warp, original[i], l) - (q - g.z) * g.s;
       if (lane == l) {
         x[i] = d;
