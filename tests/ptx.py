@@ -11,8 +11,8 @@ between (in shared memory and, inside one launch, in global memory).
         ops.quantize(..)
     cards.problems                               # what was wrong besides the result
 
-What is counted: how often a warp issues each instruction, the 32-byte sectors and the shared-memory
-wavefronts of every access (``cards.costs``).
+What is counted: how often warps issue each instruction, the sectors of global memory and the passes
+over shared memory's banks that accesses take (``cards.costs``).
 """
 
 from __future__ import annotations
@@ -753,14 +753,14 @@ class Machine:
 
     def load_shared(self, a, at, size: int, count: int):
         block, at = self._shared(a, at, size * count)
-        self.cards.count_wavefronts(self, a, at, size * count)
+        self.cards.count_passes(self, a, at, size * count)
         self._watch_read(a, block, at, size * count)
         view = self.shared.view(UNSIGNED[size])
         return [view[block, at // size + i] for i in range(count)]
 
     def store_shared(self, a, at, size: int, values) -> None:
         block, at = self._shared(a, at, size * len(values))
-        self.cards.count_wavefronts(self, a, at, size * len(values))
+        self.cards.count_passes(self, a, at, size * len(values))
         self._watch_write(a, block, at, size * len(values))
         view = self.shared.view(UNSIGNED[size])
         for i, value in enumerate(values):
@@ -939,6 +939,17 @@ class Machine:
 # ---- launches ----------------------------------------------------------------------------------
 
 
+@dataclass
+class Counts:
+    """What the launches of a kernel cost."""
+
+    opcodes: Counter[str] = field(default_factory=Counter)  # how often warps issued each
+    bytes: int = 0  # of global memory, asked for
+    sectors: int = 0  # of 32 bytes that these lie in, warp by warp
+    turns: int = 0  # accesses to shared memory: 32 lanes of 4 bytes, 16 of 8, 8 of 16
+    passes: int = 0  # that the banks need for them
+
+
 class Cards:
     """The emulator's launches, run here from the PTX of ``folder`` for one architecture."""
 
@@ -952,12 +963,13 @@ class Cards:
         self.architecture, self.counting = architecture, counting
         self.problems: list[str] = []
         self.launched: Counter[str] = Counter()
-        self.costs: dict[str, Counter[str]] = defaultdict(Counter)
+        self.costs: dict[str, Counts] = defaultdict(Counts)
         self._log: list[tuple] = []
 
     def __enter__(self) -> Cards:
         from fewbit import _C
 
+        _C.allow_unverified(True)
         _C.emulate_cuda(self.architecture)
         _C.run_launches_by(self.launch)
         return self
@@ -967,6 +979,7 @@ class Cards:
 
         _C.run_launches_by(None)
         _C.emulate_cuda(0)
+        _C.allow_unverified(False)
 
     def problem(self, text: str) -> None:
         if text not in self.problems and len(self.problems) < MOST_PROBLEMS:
@@ -1037,7 +1050,7 @@ class Cards:
     def _count(self, kernel: Kernel, machine: Machine) -> None:
         costs = self.costs[kernel.name]
         for one, times in zip(kernel.code, np.cumsum(machine.issued), strict=False):
-            costs[one.opcode] += int(times)
+            costs.opcodes[one.opcode] += int(times)
 
     def count_sectors(self, m: Machine, a, at, size: int) -> None:
         if not self.counting:
@@ -1045,10 +1058,10 @@ class Cards:
         costs = self.costs[m.kernel.name]
         sectors = [(at + i) // 32 for i in range(0, size, 16)]
         keys = np.concatenate([m.a_warp[a] << 43 | s for s in sectors])
-        costs["sectors"] += len(np.unique(keys))
-        costs["bytes"] += size * len(m.number[a])
+        costs.sectors += len(np.unique(keys))
+        costs.bytes += size * len(m.number[a])
 
-    def count_wavefronts(self, m: Machine, a, at, size: int) -> None:
+    def count_passes(self, m: Machine, a, at, size: int) -> None:
         """Passes over shared memory's 32 banks of 4 bytes; lanes of 8 and 16 bytes in parts."""
         if not self.counting:
             return
@@ -1061,8 +1074,8 @@ class Cards:
         worst = np.zeros(banks[-1] // 32 + 1, np.int64)
         np.maximum.at(worst, banks // 32, hits)
         costs = self.costs[m.kernel.name]
-        costs["wavefronts"] += int(worst.sum())
-        costs["turns"] += int((worst > 0).sum())
+        costs.passes += int(worst.sum())
+        costs.turns += int((worst > 0).sum())
 
 
 def _apart(one, other):
