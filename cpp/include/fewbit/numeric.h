@@ -1,5 +1,5 @@
-// Scalar conversions and rounding, the same bits on every CPU and in CUDA kernels (but for those of a
-// NaN, which cards do not keep).
+// Scalar conversions and rounding, the same bits on every CPU and in CUDA kernels (but for those of
+// a NaN, which cards do not keep).
 #pragma once
 #include "fewbit/dtype.h"
 
