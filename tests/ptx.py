@@ -69,6 +69,7 @@ class Kernel:
     widths: dict[str, type]  # a register's prefix to the type of its bits
     shared: dict[str, int]  # a shared variable to its place
     static: int  # bytes of shared variables, without the launch's
+    threads: int = 0  # of a block, at most: what registers are given out by; 0: not said
     granule: int = 4  # bytes that accesses to shared memory are watched by
 
 
@@ -83,6 +84,8 @@ def parse(text: str) -> dict[str, Kernel]:
         body = piece[piece.index("{") + 1 : piece.rindex("\n}")]
         outside.update(_shared(piece[piece.rindex("\n}") :]))
         found[name] = _kernel(name, body, outside)
+        bounds = re.search(r"\.maxntid\s+(\d+)", piece[: piece.index("{")])
+        found[name].threads = int(bounds[1]) if bounds else 0
     return found
 
 
@@ -1002,6 +1005,8 @@ class Cards:
                 raise Unknown("not in the PTX")
             self.kernels.update(parse(self.text[name].read_text()))
         kernel = self.kernels[name]
+        if not 0 < block[0] * block[1] * block[2] <= kernel.threads:
+            self.problem(f"{name}: blocks of {block} threads, launch bounds of {kernel.threads}")
         count = grid[0] * grid[1] * grid[2]
         at_once = max(1, LANES // (block[0] * block[1] * block[2]))
         self._log.clear()

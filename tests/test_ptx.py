@@ -94,56 +94,59 @@ FAULTS = """
 struct Args { int* out; };
 __shared__ int s[256];
 extern "C" {
-__global__ void right(Args a) {
+__global__ void __launch_bounds__(256) right(Args a) {
   s[threadIdx.x] = threadIdx.x * 3;
   __syncthreads();
   a.out[threadIdx.x] = s[255 - threadIdx.x];
 }
-__global__ void shared_race(Args a) {
+__global__ void unbounded(Args a) {
+  a.out[threadIdx.x] = 1;
+}
+__global__ void __launch_bounds__(256) shared_race(Args a) {
   s[threadIdx.x] = threadIdx.x;
   a.out[threadIdx.x] = s[255 - threadIdx.x];
 }
-__global__ void warp_race(Args a) {
+__global__ void __launch_bounds__(256) warp_race(Args a) {
   s[threadIdx.x] = threadIdx.x;
   a.out[threadIdx.x] = s[threadIdx.x ^ 1];
 }
-__global__ void warp_right(Args a) {
+__global__ void __launch_bounds__(256) warp_right(Args a) {
   s[threadIdx.x] = threadIdx.x;
   __syncwarp();
   a.out[threadIdx.x] = s[threadIdx.x ^ 1];
 }
-__global__ void written_after_read(Args a) {
+__global__ void __launch_bounds__(256) written_after_read(Args a) {
   s[threadIdx.x] = threadIdx.x;
   __syncthreads();
   const int other = s[255 - threadIdx.x];
   s[threadIdx.x] = other;
   a.out[threadIdx.x] = other;
 }
-__global__ void nobody_wrote(Args a) {
+__global__ void __launch_bounds__(256) nobody_wrote(Args a) {
   if (threadIdx.x < 8) s[threadIdx.x] = 1;
   __syncthreads();
   a.out[threadIdx.x] = s[threadIdx.x];
 }
-__global__ void two_values(Args a) {
+__global__ void __launch_bounds__(256) two_values(Args a) {
   s[threadIdx.x / 2] = threadIdx.x;
   __syncthreads();
   a.out[threadIdx.x] = s[threadIdx.x / 2];
 }
-__global__ void outside(Args a) {
+__global__ void __launch_bounds__(256) outside(Args a) {
   s[threadIdx.x * 2] = 1;
   a.out[threadIdx.x] = 0;
 }
-__global__ void misaligned(Args a) {
+__global__ void __launch_bounds__(256) misaligned(Args a) {
   const int4 v = *reinterpret_cast<int4*>(a.out + 1);
   a.out[threadIdx.x] = v.x + v.y + v.z + v.w;
 }
-__global__ void global_race(Args a) {
+__global__ void __launch_bounds__(256) global_race(Args a) {
   a.out[threadIdx.x] = a.out[255 - threadIdx.x];
 }
-__global__ void blocks_write_one_place(Args a) {
+__global__ void __launch_bounds__(256) blocks_write_one_place(Args a) {
   a.out[threadIdx.x] = blockIdx.x;
 }
-__global__ void left_out(Args a) {
+__global__ void __launch_bounds__(256) left_out(Args a) {
   if (threadIdx.x < 3)
     a.out[threadIdx.x] = __shfl_xor_sync(0xFFFFFFFFu, int(threadIdx.x), 1);
 }
@@ -165,6 +168,7 @@ def faults(tmp_path_factory):
     [
         ("right", ""),
         ("warp_right", ""),
+        ("unbounded", "launch bounds"),
         ("shared_race", "without a barrier after another's write"),
         ("warp_race", "without a barrier after another's write"),
         ("written_after_read", "without a barrier after another's read"),

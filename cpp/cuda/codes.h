@@ -16,12 +16,12 @@ struct Coder {
   float inverse;  // 1 / s, rounded
 
   FEWBIT_DEVICE Coder(float s, float z, float low, float high)
-      // A subnormal inverse is not exact enough; a NaN is never sure.
+      // A subnormal inverse is not exact enough, nor do codes far from 0 fit; a NaN is never sure.
       : s(s),
         z(z),
         low(low),
         high(high),
-        inverse(s <= 0x1p125f ? 1.0f / s : float_of(0x7FC00000u)) {}
+        inverse(fabsf(s) <= 0x1p125f && fabsf(z) <= 255.0f ? 1.0f / s : float_of(0x7FC00000u)) {}
   FEWBIT_DEVICE explicit Coder(const Step& g) : Coder(g.s, g.z, 0.0f, g.qmax) {}
   FEWBIT_DEVICE Coder(const TokenStep& g, const TokenGrid& grid)
       : Coder(g.s, g.z, grid.least(), grid.top()) {}

@@ -79,7 +79,7 @@ FEWBIT_DEVICE void put_step(const GptqRows& a, int64_t row, int64_t group, const
 
 // Targets at the start: w in solving order.
 template <class T>
-__global__ void gptq_targets(GptqRows a) {
+__global__ void __launch_bounds__(gptq_threads) gptq_targets(GptqRows a) {
   const int64_t at = int64_t(blockIdx.x) * gptq_threads + threadIdx.x;
   if (at < a.rows * a.columns) a.targets[at] = weight_at<T>(a, at / a.columns, at % a.columns);
 }
@@ -87,7 +87,7 @@ __global__ void gptq_targets(GptqRows a) {
 // Groups that are fitted to the weights as they come: all of them ("before"), or the one group of
 // a row. Columns are visited as the CPU does: in their own order, or in solving order.
 template <class T>
-__global__ void gptq_fit(GptqRows a) {
+__global__ void __launch_bounds__(gptq_threads) gptq_fit(GptqRows a) {
   const int64_t at = int64_t(blockIdx.x) * gptq_warps + threadIdx.x / warp_size;
   if (at >= a.rows * a.groups) return;
   const int64_t row = at / a.groups, group = at % a.groups, start = group * a.group_size;
@@ -189,8 +189,8 @@ __global__ void __launch_bounds__(gptq_threads, 1) gptq_solve(GptqRows a) {
 }
 
 // targets[:, end ..] += errors C[begin .. end, end ..], each a chain over the block in order.
-constexpr int update_tile = 64, update_depth = 16;
-__global__ void __launch_bounds__(256) gptq_update(GptqRows a) {
+constexpr int update_tile = 64, update_depth = 16, update_threads = 256;
+__global__ void __launch_bounds__(update_threads) gptq_update(GptqRows a) {
   alignas(16) __shared__ float left[update_depth][update_tile + 4];
   alignas(16) __shared__ float right[update_depth][update_tile];
   const int t = int(threadIdx.x), tx = t % 16 * 4, ty = t / 16 * 4;
@@ -206,7 +206,7 @@ __global__ void __launch_bounds__(256) gptq_update(GptqRows a) {
                       ? a.targets[(r0 + ty + i) * a.columns + k0 + tx + j]
                       : 0.0f;
   for (int64_t d0 = 0; d0 < depth; d0 += update_depth) {
-    for (int at = t; at < update_depth * update_tile; at += 256) {
+    for (int at = t; at < update_depth * update_tile; at += update_threads) {
       const int row = at / update_depth, d = at % update_depth;
       left[d][row] =
           r0 + row < a.rows && d0 + d < depth ? a.errors[(r0 + row) * gptq_block + d0 + d] : 0.0f;
@@ -261,7 +261,7 @@ const char* launch(const GptqRows& args, Place place) {
       if (error != nullptr || a.end == a.columns) continue;
       const dim3 tiles(unsigned((a.columns - a.end + update_tile - 1) / update_tile),
                        unsigned((a.rows + update_tile - 1) / update_tile));
-      error = start(&gptq_update, tiles, 256, 0, place, a);
+      error = start(&gptq_update, tiles, update_threads, 0, place, a);
     }
     return error;
   });

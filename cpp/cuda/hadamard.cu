@@ -4,6 +4,7 @@
 
 namespace fewbit::cuda {
 
+constexpr unsigned hadamard_threads = 512;
 constexpr int max_radix = 4;  // butterflies of 2^4 values are done in registers
 
 // In place: sums and differences of neighbours, then of pairs, ..
@@ -272,7 +273,7 @@ FEWBIT_DEVICE void hadamard_row(const HadamardLaunch& launch, int64_t row, float
 
 // A block does row after row, so that masks are made once.
 template <class T, bool codes, int level>
-__global__ void hadamard(HadamardLaunch launch) {
+__global__ void __launch_bounds__(hadamard_threads) hadamard(HadamardLaunch launch) {
   if constexpr (compiled<Half, level>) {
     float* z = reinterpret_cast<float*>(dynamic_shared());
     uint32_t* masks = reinterpret_cast<uint32_t*>(z) + launch.masks;
@@ -302,9 +303,9 @@ const char* launch(const HadamardRows& a, Place place) {
     }
   }
   // A base in place needs a thread for each four of its rows.
-  const unsigned threads = threads_for(a.width >> max_radix, 512);
+  const unsigned threads = threads_for(a.width >> max_radix, hadamard_threads);
   const unsigned quads = unsigned(ceil_div(in_place, 4));
-  const unsigned block = threads < quads ? threads_for(quads, 512) : threads;
+  const unsigned block = threads < quads ? threads_for(quads, hadamard_threads) : threads;
   return with_type(a.dtype, [&](auto* type) {
     using T = element<decltype(type)>;
     const auto run = [&](auto codes, auto level) {

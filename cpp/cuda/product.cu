@@ -12,7 +12,7 @@ struct Parts {
 
 // Of tiles that blocks share: their parts in the order of k, scaled, with what is to be added. A
 // thread has four neighbours of a row.
-__global__ void sum_parts(Parts p) {
+__global__ void __launch_bounds__(parts_threads) sum_parts(Parts p) {
   const PackedProduct& a = p.product;
   const Work& w = p.work;
   __shared__ int64_t of_tile[4];  // its first and last block, its first row and column
