@@ -228,7 +228,8 @@ SIZES = [
     (6, 20, 1024, -1), (2, 24, 50, 16),
 ]  # fmt: skip
 # Widths of transforms: butterflies alone, one base, Hartley's, two bases and none of them.
-HADAMARDS = [1, 2, 8, 16, 32, 48, 96, 640, 137, 56, 112, 2880, 4096, 172 * 64, 1584, 5184, 6720]
+HADAMARDS = [1, 2, 8, 16, 32, 48, 96, 640, 137, 56, 112, 2880, 4096, 172 * 64, 1584, 5184, 6720,
+             16384]  # fmt: skip
 ROUND = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 
 

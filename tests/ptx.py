@@ -41,6 +41,7 @@ TYPES = {
 UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 TWICE = {np.uint16: np.uint32, np.int16: np.int32, np.uint32: np.uint64, np.int32: np.int64}
 FULL = slice(None)
+SHARED = {75: 64 << 10, 80: 163 << 10}  # bytes that a block may have
 
 
 class Unknown(Exception):
@@ -1007,6 +1008,8 @@ class Cards:
         kernel = self.kernels[name]
         if not 0 < block[0] * block[1] * block[2] <= kernel.threads:
             self.problem(f"{name}: blocks of {block} threads, launch bounds of {kernel.threads}")
+        if kernel.static + shared > SHARED[self.architecture]:
+            self.problem(f"{name}: {kernel.static + shared} bytes of shared memory in a block")
         count = grid[0] * grid[1] * grid[2]
         at_once = max(1, LANES // (block[0] * block[1] * block[2]))
         self._log.clear()

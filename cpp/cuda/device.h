@@ -150,10 +150,9 @@ FEWBIT_DEVICE float reduce_lanes(float v, int lanes, F f) {
 }
 
 // Each of n numbers over the block; every thread gets the same bits. blockDim.x is a power of two
-// of whole warps.
+// of whole warps. of_warp is shared memory.
 template <int n, class F>
-FEWBIT_DEVICE void reduce_block(float (&v)[n], F f) {
-  __shared__ float of_warp[n][warp_size];
+FEWBIT_DEVICE void reduce_block(float (&v)[n], F f, float (*of_warp)[warp_size]) {
   const int warps = int(blockDim.x) / warp_size, lane = int(threadIdx.x) % warp_size;
 #pragma unroll
   for (int i = 0; i < n; ++i) v[i] = reduce_lanes(v[i], warp_size, f);
@@ -164,6 +163,11 @@ FEWBIT_DEVICE void reduce_block(float (&v)[n], F f) {
   __syncthreads();
 #pragma unroll
   for (int i = 0; i < n; ++i) v[i] = reduce_lanes(of_warp[i][lane & (warps - 1)], warps, f);
+}
+template <int n, class F>
+FEWBIT_DEVICE void reduce_block(float (&v)[n], F f) {
+  __shared__ float of_warp[n][warp_size];
+  reduce_block(v, f, of_warp);
 }
 template <class F>
 FEWBIT_DEVICE float reduce_block(float v, F f) {

@@ -162,7 +162,7 @@ struct HadamardLaunch {
 
 template <class T, bool codes, int level>
 FEWBIT_DEVICE void hadamard_row(const HadamardLaunch& launch, int64_t row, float* z,
-                                const uint32_t* masks) {
+                                uint32_t* masks) {
   const HadamardRows& a = launch.a;
   const int width = int(a.width);
   const T* x = static_cast<const T*>(a.x) + row * width;
@@ -188,7 +188,11 @@ FEWBIT_DEVICE void hadamard_row(const HadamardLaunch& launch, int64_t row, float
     pass_of<0>(first, width, from_row, put);
   int bases = a.count;
   if (launch.masks != 0) {
-    const HalfScale scale = half_scale(reduce_block(most, Most()) * float(1 << a.k));
+    // Behind the masks: where rows fill shared memory, static variables would stand in their way.
+    const auto of_warp = reinterpret_cast<float (*)[warp_size]>(masks + mask_words(a.bases[0].m));
+    float largest[1] = {most};
+    reduce_block(largest, Most(), of_warp);
+    const HalfScale scale = half_scale(largest[0] * float(1 << a.k));
     if (scale.serves) {
       const HadamardRows::Base& base = a.bases[0];
       const int n = 1 << a.k;
@@ -293,8 +297,10 @@ const char* launch(const HadamardRows& a, Place place) {
     in_place = a.bases[i].m > in_place ? a.bases[i].m : in_place;
   HadamardLaunch all{a, 0};
   if (a.count == 1 && a.bases[0].signs && a.k >= 5) {
-    const int64_t with_masks = shared + mask_words(a.bases[0].m) * int64_t(sizeof(uint32_t));
-    if (with_masks + 1024 <= shared_memory(place.device)) {  // and what reductions take
+    const int64_t with_masks =
+        shared + (mask_words(a.bases[0].m) + warp_size) * int64_t(sizeof(uint32_t));
+    const int64_t in_all = with_masks + (a.code_scale ? 512 : 0);  // and what reductions take
+    if (in_all <= shared_memory(place.device)) {
       all.masks = int(shared / 4);
       const int64_t fill = 4 * int64_t(processors(place.device));
       shared = with_masks;
