@@ -9,7 +9,7 @@ constexpr int stats_threads = 32;  // channels are few, and every SM is to have 
 // (cpp/cpu/act_stats.cpp), of |x| 2^-896, which takes moved bits and no conversion: cards for games
 // and T4s convert to float64 32 times slower than they load. Many tokens are under way at a time.
 template <class T>
-__global__ void __launch_bounds__(stats_threads) act_stats(ActStats a) {
+__global__ void __launch_bounds__(stats_threads, 1) act_stats(ActStats a) {
   const int64_t c = int64_t(blockIdx.x) * stats_threads + threadIdx.x;
   if (c >= a.channels) return;
   const T* x = static_cast<const T*>(a.x) + c;

@@ -7,7 +7,7 @@ constexpr int dense_threads = 256;
 // Thread t has row t % 16 of a panel and one unit: a warp reads 16 neighbouring words of two units.
 // Panels go along x, which may be long, and the units of a panel along y.
 template <class T, int bits>
-__global__ void __launch_bounds__(dense_threads) dense_packed(DensePacked a) {
+__global__ void __launch_bounds__(dense_threads, 1) dense_packed(DensePacked a) {
   constexpr int columns = int(unit_columns(bits));
   const PackedLayout& l = a.layout;
   const int64_t r = threadIdx.x % panel_rows, panel = blockIdx.x, row = panel * panel_rows + r;

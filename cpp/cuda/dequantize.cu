@@ -4,7 +4,7 @@
 namespace fewbit::cuda {
 
 template <class T, int V>
-__global__ void __launch_bounds__(group_threads) dequantize(Groups<Dequantize> g) {
+__global__ void __launch_bounds__(group_threads, 1) dequantize(Groups<Dequantize> g) {
   const Dequantize& a = g.a;
   const Team t = team_of(g);
   if (t.index < 0) return;

@@ -79,7 +79,7 @@ FEWBIT_DEVICE void put_step(const GptqRows& a, int64_t row, int64_t group, const
 
 // Targets at the start: w in solving order.
 template <class T>
-__global__ void __launch_bounds__(gptq_threads) gptq_targets(GptqRows a) {
+__global__ void __launch_bounds__(gptq_threads, 1) gptq_targets(GptqRows a) {
   const int64_t at = int64_t(blockIdx.x) * gptq_threads + threadIdx.x;
   if (at < a.rows * a.columns) a.targets[at] = weight_at<T>(a, at / a.columns, at % a.columns);
 }
@@ -87,7 +87,7 @@ __global__ void __launch_bounds__(gptq_threads) gptq_targets(GptqRows a) {
 // Groups that are fitted to the weights as they come: all of them ("before"), or the one group of
 // a row. Columns are visited as the CPU does: in their own order, or in solving order.
 template <class T>
-__global__ void __launch_bounds__(gptq_threads) gptq_fit(GptqRows a) {
+__global__ void __launch_bounds__(gptq_threads, 1) gptq_fit(GptqRows a) {
   const int64_t at = int64_t(blockIdx.x) * gptq_warps + threadIdx.x / warp_size;
   if (at >= a.rows * a.groups) return;
   const int64_t row = at / a.groups, group = at % a.groups, start = group * a.group_size;
@@ -190,7 +190,7 @@ __global__ void __launch_bounds__(gptq_threads, 1) gptq_solve(GptqRows a) {
 
 // targets[:, end ..] += errors C[begin .. end, end ..], each a chain over the block in order.
 constexpr int update_tile = 64, update_depth = 16, update_threads = 256;
-__global__ void __launch_bounds__(update_threads) gptq_update(GptqRows a) {
+__global__ void __launch_bounds__(update_threads, 1) gptq_update(GptqRows a) {
   alignas(16) __shared__ float left[update_depth][update_tile + 4];
   alignas(16) __shared__ float right[update_depth][update_tile];
   const int t = int(threadIdx.x), tx = t % 16 * 4, ty = t / 16 * 4;

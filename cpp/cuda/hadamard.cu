@@ -277,7 +277,7 @@ FEWBIT_DEVICE void hadamard_row(const HadamardLaunch& launch, int64_t row, float
 
 // A block does row after row, so that masks are made once.
 template <class T, bool codes, int level>
-__global__ void __launch_bounds__(hadamard_threads) hadamard(HadamardLaunch launch) {
+__global__ void __launch_bounds__(hadamard_threads, 1) hadamard(HadamardLaunch launch) {
   if constexpr (compiled<Half, level>) {
     float* z = reinterpret_cast<float*>(dynamic_shared());
     uint32_t* masks = reinterpret_cast<uint32_t*>(z) + launch.masks;

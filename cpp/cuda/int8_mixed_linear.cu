@@ -8,7 +8,7 @@ constexpr int mixed_threads = 256;
 // flag[k] = 1 where some |x[m, k]| reaches the threshold, or is not finite.
 // A block has 32 columns, its warps take rows in turn, several under way at a time.
 template <class T>
-__global__ void __launch_bounds__(mixed_threads) outlier_columns(OutlierColumns a) {
+__global__ void __launch_bounds__(mixed_threads, 1) outlier_columns(OutlierColumns a) {
   constexpr int warps = mixed_threads / warp_size, ahead = 8;
   __shared__ uint8_t found[warps][warp_size];
   const int lane = int(threadIdx.x) % warp_size, warp = int(threadIdx.x) / warp_size;
@@ -35,7 +35,7 @@ __global__ void __launch_bounds__(mixed_threads) outlier_columns(OutlierColumns 
 
 // The flagged columns in order, and how many: one block, a stretch of columns per thread. The count
 // stays on the card, so nobody waits for it.
-__global__ void __launch_bounds__(mixed_threads) outlier_list(OutlierProductRows a) {
+__global__ void __launch_bounds__(mixed_threads, 1) outlier_list(OutlierProductRows a) {
   __shared__ int before[mixed_threads];
   const int64_t each = ceil_div(a.layout.columns, mixed_threads);
   const int64_t first = int64_t(threadIdx.x) * each;
@@ -55,7 +55,7 @@ __global__ void __launch_bounds__(mixed_threads) outlier_list(OutlierProductRows
 // A thread has one row of the weight and four rows of x.
 constexpr int mixed_rows = 4;
 template <class T>
-__global__ void __launch_bounds__(mixed_threads) outlier_product(OutlierProductRows a) {
+__global__ void __launch_bounds__(mixed_threads, 1) outlier_product(OutlierProductRows a) {
   const PackedLayout& l = a.layout;
   const int64_t n = int64_t(blockIdx.y) * mixed_threads + threadIdx.x;
   if (n >= l.rows) return;
@@ -89,7 +89,7 @@ __global__ void __launch_bounds__(mixed_threads) outlier_product(OutlierProductR
 
 // row[column] = place of the column among the `count` given; -1 elsewhere. One block. A column out
 // of range is passed over: to report it would wait for the card.
-__global__ void __launch_bounds__(mixed_threads) column_places(ColumnPlaces a) {
+__global__ void __launch_bounds__(mixed_threads, 1) column_places(ColumnPlaces a) {
   for (int64_t k = threadIdx.x; k < a.columns; k += mixed_threads) {
     if (a.place) a.place[k] = -1;
     if (a.flag) a.flag[k] = 0;

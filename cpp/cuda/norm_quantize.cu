@@ -5,7 +5,7 @@ namespace fewbit::cuda {
 
 // Sums: every thread over its columns in order, then lanes, then warps.
 template <class T, int V, int access, int held>
-__global__ void __launch_bounds__(row_threads) norm_quantize(NormQuantize a) {
+__global__ void __launch_bounds__(row_threads, 1) norm_quantize(NormQuantize a) {
   const int64_t m = blockIdx.x, n = a.columns;
   const T* in = static_cast<const T*>(a.x) + m * n;
   const auto value = [=](int64_t k, float (&v)[V]) { load_floats<access>(in + k, v); };

@@ -8,7 +8,7 @@ constexpr int pack_threads = 256;
 // A block packs a panel: thread t takes row t % 16 of every 16th unit, so that a warp writes whole
 // sectors and the block reads whole ones.
 template <int bits>
-__global__ void __launch_bounds__(pack_threads) pack(Pack a) {
+__global__ void __launch_bounds__(pack_threads, 1) pack(Pack a) {
   constexpr int columns = int(unit_columns(bits));
   const PackedLayout& l = a.layout;
   const int64_t panel = blockIdx.x, r = threadIdx.x % panel_rows, row = panel * panel_rows + r;

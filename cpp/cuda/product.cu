@@ -12,7 +12,7 @@ struct Parts {
 
 // Of tiles that blocks share: their parts in the order of k, scaled, with what is to be added. A
 // thread has four neighbours of a row.
-__global__ void __launch_bounds__(parts_threads) sum_parts(Parts p) {
+__global__ void __launch_bounds__(parts_threads, 1) sum_parts(Parts p) {
   const PackedProduct& a = p.product;
   const Work& w = p.work;
   __shared__ int64_t of_tile[4];  // its first and last block, its first row and column
@@ -30,14 +30,14 @@ __global__ void __launch_bounds__(parts_threads) sum_parts(Parts p) {
   const int64_t row = of_tile[2] + in_row, n = of_tile[3] + (in_tile - in_row * w.columns);
   if (begin == end || in_row >= unsigned(w.rows) || row >= a.m || n >= a.layout.rows) return;
   const bool exact = exact_parts(a);
-  int32_t codes[4] = {};
+  uint32_t codes[4] = {};  // which may be bits of floats
   float sum[4] = {};
   for (int64_t b = begin; b <= end; ++b) {
     const int64_t at = w.slot(b, b == begin) * w.rows * w.columns + in_tile;
     const Words part = load<4>(static_cast<const uint32_t*>(a.partial) + at);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      codes[i] += int32_t(part.v[i]);
+      codes[i] += part.v[i];
       sum[i] += float_of(part.v[i]);
     }
   }
@@ -45,7 +45,7 @@ __global__ void __launch_bounds__(parts_threads) sum_parts(Parts p) {
   for (int i = 0; i < 4; ++i) {
     if (n + i >= a.layout.rows) return;
     if (exact)  // one group: row n
-      sum[i] = float(codes[i]) * load_scale(a.scale, a.scale_dtype, n + i);
+      sum[i] = float(int32_t(codes[i])) * load_scale(a.scale, a.scale_dtype, n + i);
     put(a, finish(a, sum[i], row, n + i), row * a.layout.rows + n + i);
   }
 }

@@ -4,7 +4,7 @@
 namespace fewbit::cuda {
 
 template <class T, int V>
-__global__ void __launch_bounds__(group_threads) pseudo_quantize(Groups<PseudoQuantize> g) {
+__global__ void __launch_bounds__(group_threads, 1) pseudo_quantize(Groups<PseudoQuantize> g) {
   const PseudoQuantize& a = g.a;
   const Team t = team_of(g);
   T* out = static_cast<T*>(a.out) + t.start;

@@ -4,7 +4,7 @@
 namespace fewbit::cuda {
 
 template <class T, int V>
-__global__ void __launch_bounds__(group_threads) quantize(Groups<Quantize> g) {
+__global__ void __launch_bounds__(group_threads, 1) quantize(Groups<Quantize> g) {
   const Quantize& a = g.a;
   const Team t = team_of(g);
   const Step step = quantize_group<V>(static_cast<const T*>(a.w) + t.start, t, a.grid,

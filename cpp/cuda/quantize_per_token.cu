@@ -4,7 +4,7 @@
 namespace fewbit::cuda {
 
 template <class T, int V, int access, int held>
-__global__ void __launch_bounds__(row_threads) quantize_per_token(QuantizePerToken a) {
+__global__ void __launch_bounds__(row_threads, 1) quantize_per_token(QuantizePerToken a) {
   const int64_t m = blockIdx.x;
   const T* x = static_cast<const T*>(a.x) + m * a.columns;
   const auto value = [=](int64_t k, float (&v)[V]) {

@@ -6,7 +6,7 @@ namespace fewbit::cuda {
 // A team of lanes has a group of weights and tries all scales on it; what the group's first access
 // brought stays in registers, so weights are read once.
 template <class T, int V>
-__global__ void __launch_bounds__(group_threads) scaled_error(Groups<ScaledError> groups) {
+__global__ void __launch_bounds__(group_threads, 1) scaled_error(Groups<ScaledError> groups) {
   const ScaledError& a = groups.a;
   const Team t = team_of(groups);
   const T* w = static_cast<const T*>(a.w) + t.start;

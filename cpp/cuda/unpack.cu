@@ -6,7 +6,7 @@ namespace fewbit::cuda {
 constexpr int unpack_threads = 256;
 
 template <int bits>
-__global__ void __launch_bounds__(unpack_threads) unpack(Unpack a) {
+__global__ void __launch_bounds__(unpack_threads, 1) unpack(Unpack a) {
   constexpr int columns = int(unit_columns(bits));
   const PackedLayout& l = a.layout;
   const int64_t panel = blockIdx.x, r = threadIdx.x % panel_rows, row = panel * panel_rows + r;

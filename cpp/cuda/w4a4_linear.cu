@@ -5,7 +5,7 @@ namespace fewbit::cuda {
 
 constexpr int fours_threads = 256;
 
-__global__ void __launch_bounds__(fours_threads) fours_of_words(FoursOfWords a) {
+__global__ void __launch_bounds__(fours_threads, 1) fours_of_words(FoursOfWords a) {
   const int64_t at = int64_t(blockIdx.x) * fours_threads + threadIdx.x;
   if (at >= a.m * (a.columns / 8)) return;
   const uint32_t word = a.words[at];
