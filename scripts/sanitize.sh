@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The operators' tests under AddressSanitizer and UndefinedBehaviorSanitizer, then calls without
-# sense (tests/faults/fuzz_ops.py); arguments go to pytest. With the argument "thread": every kernel
+# sense (tests/faults/fuzz_ops.py); the CUDA kernels too, emulated. Arguments go to pytest. With the argument "thread": every kernel
 # on real threads under ThreadSanitizer (tests/races.cpp). Builds apart from the development build.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -12,7 +12,8 @@ if [ "${1:-}" = thread ]; then
   exec env TSAN_OPTIONS=halt_on_error=1 build/races/cpp/fewbit_races
 fi
 build=build/sanitize
-cmake -S . -B "$build" -G Ninja -DFEWBIT_SANITIZE=ADDRESS -DPython_EXECUTABLE="$(readlink -f "$(dirname "$python")")/python"
+cmake -S . -B "$build" -G Ninja -DFEWBIT_SANITIZE=ADDRESS -DFEWBIT_CUDA=EMULATE \
+  -DPython_EXECUTABLE="$(readlink -f "$(dirname "$python")")/python"
 cmake --build "$build"
 rm -rf "$build/python"
 cp -r python "$build/python"
