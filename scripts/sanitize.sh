@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# The operators' tests under AddressSanitizer and UndefinedBehaviorSanitizer, then calls without
-# sense (tests/faults/fuzz_ops.py); the CUDA kernels too, emulated. Arguments go to pytest. With the argument "thread": every kernel
-# on real threads under ThreadSanitizer (tests/races.cpp). Builds apart from the development build.
+# The operators' tests under AddressSanitizer and UndefinedBehaviorSanitizer, the CUDA kernels'
+# emulated ones among them, then calls without sense (tests/faults/fuzz_ops.py); arguments go to
+# pytest. With the argument "thread": every kernel on real threads under ThreadSanitizer
+# (tests/races.cpp). Builds apart from the development build.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python="${FEWBIT_VENV:-.venv}/bin/python"
