@@ -1010,6 +1010,8 @@ class Cards:
             self.problem(f"{name}: blocks of {block} threads, launch bounds of {kernel.threads}")
         if kernel.static + shared > SHARED[self.architecture]:
             self.problem(f"{name}: {kernel.static + shared} bytes of shared memory in a block")
+        if kernel.static > 2048 and shared:  # which start() of device.h asks the card for
+            self.problem(f"{name}: {kernel.static} bytes of static beside dynamic shared memory")
         count = grid[0] * grid[1] * grid[2]
         at_once = max(1, LANES // (block[0] * block[1] * block[2]))
         self._log.clear()

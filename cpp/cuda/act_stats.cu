@@ -16,12 +16,13 @@ __global__ void __launch_bounds__(stats_threads, 1) act_stats(ActStats a) {
   const float before = a.max_abs[c];
   double sum = a.sum_abs[c];
   const bool lost = sum != sum || before != before;
-  uint32_t top = lost ? 0x7FC00000u : bits_of(before);  // of numbers without sign: order is theirs
+  // Numbers from 0 on are in the order of their bits, and a NaN is the largest.
+  int32_t top = lost ? 0x7FC00000 : int32_t(bits_of(before));
   sum *= 0x1p-896;
   const auto add = [&](float v) {
     const uint32_t u = bits_of(abs_of(v));
     sum += __builtin_bit_cast(double, uint64_t(u) << 29);
-    top = u > top ? u : top;
+    top = int32_t(u) > top ? int32_t(u) : top;
   };
   constexpr int ahead = 16;
   int64_t t = 0;
@@ -36,7 +37,7 @@ __global__ void __launch_bounds__(stats_threads, 1) act_stats(ActStats a) {
 #pragma unroll 1
   for (; t < a.tokens; ++t, x += a.channels) add(to_float(*x));
   sum *= 0x1p896;
-  const float most = float_of(top);
+  const float most = float_of(uint32_t(top));
   a.max_abs[c] = most;
   a.sum_abs[c] = most <= 3.4028235e38f ? sum : double(most);
 }

@@ -1,9 +1,9 @@
 // One base of signs, y = B^T z for z [m, n], on tensor cores: m multiply-adds an element are too
 // many for anything else.
 //
-// A float is the sum of two halves but for 2^-24 of itself, as a float is rounded anyway: z is
-// scaled by a power of two to what halves hold best, z s = high + rest. Products with signs are
-// exact, sums are float32, and both parts go into the same sum.
+// A float is the sum of two halves but for one unit in its last place: z is scaled by a power of
+// two to what halves hold best, z s = high + rest. Products with signs are exact, sums are float32
+// (which tensor cores cut off, not round), and both parts go into the same sum.
 #pragma once
 #include "mma.h"
 

@@ -291,10 +291,10 @@ FEWBIT_DEVICE void product_run(const PackedProduct& a, const Work& work, const R
       if (S::x_pieces % product_threads != 0 && x_row(i) >= S::rows) continue;
       const bool inside = x_fetched && (x_inside >> i & 1) != 0;
       if constexpr (async)
-        copy_16<level>(x_at(i, to_stage), x_from[i], inside);
+        copy_16<level>(x_at(i, to_stage), inside ? x_from[i] : a.x, inside);
       else
         x_next[i] = inside ? load<4>(reinterpret_cast<const uint32_t*>(x_from[i])) : Words{};
-      if (inside) x_from[i] += S::row_bytes;  // never past the end
+      if (inside) x_from[i] += S::row_bytes;
     }
 #pragma unroll
     for (int i = 0; i < S::w_loads; ++i) {
