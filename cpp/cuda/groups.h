@@ -12,15 +12,16 @@ template <class Args>
 struct Groups {
   Args a;
   int64_t count, in_row;  // groups
-  int log_lanes;          // of a team: a power of two, enough for `held` accesses where it can be
+  int log_lanes;          // of a team: a power of two, for `accesses` of each where they suffice
   bool whole;             // no group is short: they lie one after the other
 };
 
 template <class Args>
-Groups<Args> groups_of(const Args& a, int v) {
+Groups<Args> groups_of(const Args& a, int v, int accesses = held) {
   const int64_t in_row = ceil_div(a.columns, a.group_size);
   int log_lanes = 0;
-  while (warp_size >> log_lanes > 1 && (int64_t(v) * held << log_lanes) < a.group_size) ++log_lanes;
+  while (warp_size >> log_lanes > 1 && (int64_t(v) * accesses << log_lanes) < a.group_size)
+    ++log_lanes;
   return {a, a.rows * in_row, in_row, log_lanes, in_row * a.group_size == a.columns};
 }
 

@@ -61,7 +61,7 @@ const char* launch(const ScaledError& a, Place place) {
   return with_type(a.dtype, [&](auto* type) {
     using T = element<decltype(type)>;
     const auto run = [&](auto* kernel, int v) {
-      const auto g = groups_of(a, v);
+      const auto g = groups_of(a, v, 1);
       return start(kernel, blocks_for(g), group_threads, 0, place, g);
     };
     constexpr int v = 16 / sizeof(T);
