@@ -77,3 +77,89 @@ def test_new_tensors_are_made_beside_the_arguments(name):
         again = tensors(getattr(reference, name)(*copies))
     for w, g in zip(want, again, strict=True):
         assert g.device.type == "cpu" and torch.equal(w, g)
+
+
+# ---- what the native module does before it calls them --------------------------------------------
+
+
+def elsewhere(name, *given):
+    """The op as on a device without kernels: its entry for any other backend, on CPU tensors."""
+    op = getattr(torch.ops.fewbit, name).default
+    other = torch._C.DispatchKeySet(torch._C.DispatchKey.PrivateUse1)
+    return op.redispatch(other, *given)
+
+
+@pytest.mark.parametrize("name", ops.__all__)
+def test_a_device_without_kernels_gets_the_plain_version(name):
+    given = arguments()[name]
+    copies = tree_map_only(torch.Tensor, torch.Tensor.clone, given)
+    want = tensors(getattr(reference, name)(*given))
+    for w, g in zip(want, tensors(elsewhere(name, *copies)), strict=True):
+        assert w.dtype == g.dtype and torch.equal(w, g)
+    for g, c in zip(given, copies, strict=True):  # what is written in place
+        assert not isinstance(g, torch.Tensor) or torch.equal(g, c)
+
+
+def spoilt(given):
+    """The arguments with one of them wrong, one after the other."""
+    for i, a in enumerate(given):
+        wrong = ()
+        if isinstance(a, torch.Tensor):
+            wrong = (a[..., :-1], a[None], a.double(), a.bool(), a.to_sparse())
+        elif isinstance(a, list):
+            wrong = ([torch.eye(3)], [torch.ones(4, 2)], [torch.eye(4, dtype=torch.long)])
+        elif isinstance(a, str):
+            wrong = ("nonsense",)
+        elif isinstance(a, float):
+            wrong = (-1.0, 3.0)
+        elif isinstance(a, int) and not isinstance(a, bool):
+            wrong = (-7, 9, 1 << 40)
+        for w in wrong:
+            yield (*given[:i], w, *given[i + 1 :])
+
+
+def outcome(function, *given):
+    copies = tree_map_only(torch.Tensor, torch.Tensor.clone, given)
+    try:
+        function(*copies)
+    except ValueError as error:
+        return str(error)
+    except (RuntimeError, OverflowError) as error:
+        return type(error)
+    return "served"
+
+
+@pytest.mark.parametrize("name", ops.__all__)
+def test_wrong_arguments_are_refused_on_every_device_in_the_same_words(name):
+    native = getattr(torch.ops.fewbit, name).default
+    refused = 0
+    for given in spoilt(arguments()[name]):
+        dense = all(not isinstance(a, torch.Tensor) or not a.is_sparse for a in given)
+        want, got = outcome(native, *given), outcome(lambda *a: elsewhere(name, *a), *given)
+        assert got == want or (not dense and "must be dense" in got)
+        refused += want != "served"
+    assert refused >= 3
+
+
+def test_arguments_on_two_devices_are_refused():
+    x, g = torch.randn(3, 8), torch.zeros(8, 8, device="meta")
+    with pytest.raises(ValueError, match=r"gram: tensors must lie on one device, got cpu and meta"):
+        elsewhere("gram", x, g)
+
+
+@pytest.mark.skipif(torch.__version__ < "2.13", reason="torch before 2.13 only prints why")
+def test_what_the_plain_version_refuses_is_a_value_error():
+    q, s, z = reference.quantize(torch.randn(16, 64), 8, 32, False, "float32")
+    says = r"^q holds codes above 15, the largest of 4 bits \[FB100\]$"
+    with pytest.raises(ValueError, match=says):
+        elsewhere("pack", q, s, z, 4, 32)
+    *given, columns, weight = arguments()["int8_mixed_linear"]
+    with pytest.raises(ValueError, match=r"^kept must hold columns in 0..63 \[FB100\]$"):
+        elsewhere("int8_mixed_linear", *given, columns + 60, weight)
+    given = list(arguments()["gptq"])
+    given[9] = torch.zeros(64, dtype=torch.long)
+    with pytest.raises(ValueError, match=r"^order must hold every column 0..63 once"):
+        elsewhere("gptq", *given)
+    given[9] = torch.arange(64).reshape(2, 32).T.reshape(64)  # between groups and back
+    with pytest.raises(ValueError, match="order leaves and re-enters a group"):
+        elsewhere("gptq", *given)

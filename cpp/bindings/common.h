@@ -33,12 +33,28 @@ void check(bool ok, const Parts&... parts) {
   throw std::invalid_argument(message.str());
 }
 
+// While one lives, a binding ends where its checks do: what would read or write data, or have a
+// kernel do so, throws Checked. An op's plain twin runs after them, be the tensors where they may.
+struct Checked {};
+class OnlyChecks {
+ public:
+  OnlyChecks() { wanted = true; }
+  ~OnlyChecks() { wanted = false; }
+  OnlyChecks(const OnlyChecks&) = delete;
+  OnlyChecks& operator=(const OnlyChecks&) = delete;
+  static inline thread_local bool wanted = false;
+};
+inline void end_of_checks() {
+  if (OnlyChecks::wanted) throw Checked();
+}
+
 bool in_forked_child();  // threads of the parent do not exist here (threads.cpp)
 
 // Runs the kernel of `args` over all its tasks, on torch's threads. `grain` tasks at least go to a
 // thread. Kernels neither throw nor depend on how tasks are cut.
 template <class Args>
 void run(const Args& args, int64_t grain = 1) {
+  end_of_checks();
   const Kernel<Args> kernel = cpu::kernel_for<Args>();
   const int64_t tasks = args.tasks();
   if (tasks <= grain || in_forked_child()) {

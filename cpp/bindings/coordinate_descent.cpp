@@ -1,7 +1,7 @@
 #include "fewbit/coordinate_descent.h"
 
-#include "common.h"
 #include "interrupt.h"
+#include "op.h"
 
 namespace fewbit::bindings {
 
@@ -48,6 +48,7 @@ Tensor coordinate_descent(const Tensor& w, const Tensor& h, const Tensor& q, con
   check_shape(scale, {rows, groups}, "scale");
   check_dtype(zero_point, ScalarType::Byte, "zero_point");
   check_shape(zero_point, {rows, groups}, "zero_point");
+  end_of_checks();
   Tensor out = empty({rows, columns}, ScalarType::Byte);
   torch::stable::copy_(out, q);
   const auto descend_as = wide ? descend<double> : descend<float>;
@@ -61,8 +62,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fewbit, m) {
       "coordinate_descent(Tensor w, Tensor h, Tensor q, Tensor scale, Tensor zero_point, int bits,"
       " int group_size, int sweeps) -> Tensor");
 }
-STABLE_TORCH_LIBRARY_IMPL(fewbit, CPU, m) {
-  m.impl("coordinate_descent", TORCH_BOX(&coordinate_descent));
-}
+FEWBIT_CPU_OP(coordinate_descent)
 
 }  // namespace fewbit::bindings

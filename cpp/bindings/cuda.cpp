@@ -1,36 +1,10 @@
 #include "cuda.h"
 
-#include <atomic>
-#include <mutex>
-#include <set>
-#include <utility>
-
 #if defined(__linux__)
 #include <dlfcn.h>
 #endif
 
 namespace fewbit::bindings {
-
-namespace {
-
-std::mutex mutex;
-std::set<std::pair<std::string, int>> table;
-std::atomic<bool> everything{false};
-
-}  // namespace
-
-void set_verified(const std::string& op, int architecture) {
-  const std::lock_guard<std::mutex> lock(mutex);
-  table.emplace(op, architecture);
-}
-
-void allow_unverified(bool on) { everything.store(on); }
-
-bool verified(const char* op, int architecture) {
-  if (everything.load(std::memory_order_relaxed)) return true;
-  const std::lock_guard<std::mutex> lock(mutex);
-  return table.count({op, architecture}) > 0;
-}
 
 #if FEWBIT_WITH_CUDA
 

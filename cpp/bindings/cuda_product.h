@@ -1,7 +1,5 @@
 // Packed matrix products of CUDA tensors: workspace, parts of k, and what no kernel serves.
 #pragma once
-#include <array>
-
 #include "cuda.h"
 #include "packed_linear.h"
 
@@ -9,26 +7,8 @@
 
 namespace fewbit::bindings {
 
-// The op's plain twin, for shapes and types without a kernel; `results` tensors.
-template <int results = 1, class... Arguments>
-auto call_plain(const char* name, const Arguments&... arguments) {
-  std::array<StableIValue, sizeof...(Arguments)> stack{torch::stable::detail::from(arguments)...};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, "", stack.data(), TORCH_ABI_VERSION));
-  const auto tensor = [&](size_t i) { return torch::stable::detail::to<Tensor>(stack[i]); };
-  if constexpr (results == 1)
-    return tensor(0);
-  else if constexpr (results == 2)
-    return std::tuple<Tensor, Tensor>(tensor(0), tensor(1));
-  else
-    return std::tuple<Tensor, Tensor, Tensor>(tensor(0), tensor(1), tensor(2));
-}
-
 // What every product says of its weight.
 inline cuda::PackedProduct product_of(const Tensor& x, const Weight& w, DType dtype) {
-  check_beside(x, w.words, "packed");
-  check_beside(x, w.scale, "scale");
-  check_beside(x, w.zero_point, "zero_point");
-  if (w.bias) check_beside(x, *w.bias, "bias");
   cuda::PackedProduct a{};
   a.x = x.const_data_ptr();
   a.packed = data<uint32_t>(w.words);

@@ -15,8 +15,6 @@ Tensor dequantize(const Tensor& q, const Tensor& scale, const Tensor& zero_point
   check_shape(scale, {rows, groups}, "scale");
   check_shape(zero_point, {rows, groups}, "zero_point");
   dtype_of(scale, "scale");
-  check_beside(q, scale, "scale");
-  check_beside(q, zero_point, "zero_point");
   const DType type = dtype_named(dtype, "dtype");
   const Tensor in = dense(q), zeros = dense(zero_point);
   const Tensor scales = as_float(scale);

@@ -91,24 +91,27 @@ std::tuple<Tensor, Tensor, Tensor> gptq(const Tensor& w, const Tensor& c, int64_
     check_dtype(*order, ScalarType::Long, "order");
     check_shape(*order, {columns}, "order");
     at = dense(*order);
-    if (!at->is_cuda())  // to look at it would wait for the card
-      check_order(data<int64_t>(*at), columns, group, group_fit == GroupFit::in_order);
   }
-  Tensor s = empty_on(w, {rows, groups}, ScalarType::Float);
-  Tensor z = empty_on(w, {rows, groups}, ScalarType::Byte);
   if (scale) {
     check_shape(*scale, {rows, groups}, "scale");
     check_dtype(*zero_point, ScalarType::Byte, "zero_point");
     check_shape(*zero_point, {rows, groups}, "zero_point");
+  }
+  end_of_checks();
+  if (at) {  // a kernel would read where it points: worth the wait for the card
+    const Tensor here =
+        at->is_cpu() ? *at : torch::stable::to(*at, torch::headeronly::DeviceType::CPU);
+    check_order(data<int64_t>(here), columns, group, group_fit == GroupFit::in_order);
+  }
+  Tensor s = empty_on(w, {rows, groups}, ScalarType::Float);
+  Tensor z = empty_on(w, {rows, groups}, ScalarType::Byte);
+  if (scale) {
     torch::stable::copy_(s, *scale);
     torch::stable::copy_(z, *zero_point);
   }
   Tensor q = empty_on(w, {rows, columns}, ScalarType::Byte);
 #if FEWBIT_WITH_CUDA
   if (architecture_of(w) != 0) {
-    check_beside(w, c, "c");
-    if (weights) check_beside(w, *weights, "importance");
-    if (at) check_beside(w, *at, "order");
     const Tensor in = dense(w), coefficients = dense(c);
     cuda::GptqRows a{};
     a.w = in.const_data_ptr();
@@ -121,8 +124,9 @@ std::tuple<Tensor, Tensor, Tensor> gptq(const Tensor& w, const Tensor& c, int64_
     a.fit = group_fit;
     a.grid = grid;
     if (wide || !cuda::serves(a))
-      return call_plain<3>("fewbit_plain::gptq", w, c, bits, group_size, symmetric, scale_dtype,
-                           fit, points, importance, order, scale, zero_point, block);
+      return call<std::tuple<Tensor, Tensor, Tensor>>("fewbit_plain::gptq", w, c, bits, group_size,
+                                                      symmetric, scale_dtype, fit, points,
+                                                      importance, order, scale, zero_point, block);
     Tensor targets = empty_on(w, {rows, columns}, ScalarType::Float);
     Tensor errors = empty_on(w, {rows, cuda::gptq_block}, ScalarType::Float);
     a.c = data<float>(coefficients);

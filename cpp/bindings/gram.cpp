@@ -1,7 +1,7 @@
 #include "fewbit/gram.h"
 
-#include "common.h"
 #include "interrupt.h"
+#include "op.h"
 
 namespace fewbit::bindings {
 
@@ -38,11 +38,12 @@ void gram(const Tensor& x, Tensor g) {
   check_shape(g, {x.size(1), x.size(1)}, "g");
   check(g.is_contiguous(), "g must be contiguous: it is updated in place");
   dtype_of(x, "x");
+  end_of_checks();
   const auto add_as = wide ? add<double> : add<float>;
   add_as(dense(x), g);
 }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fewbit, m) { m.def("gram(Tensor x, Tensor(a!) g) -> ()"); }
-STABLE_TORCH_LIBRARY_IMPL(fewbit, CPU, m) { m.impl("gram", TORCH_BOX(&gram)); }
+FEWBIT_CPU_OP(gram)
 
 }  // namespace fewbit::bindings

@@ -192,7 +192,7 @@ struct Width {
   double scale;  // 1 / sqrt(2^k), over sqrt(m) of each base of +1 and -1
 };
 
-Width width_of(const Tensor& x, const Bases& bases) {
+Width width_of(const Tensor& x, const Bases& bases, const std::optional<Tensor>& signs) {
   check_matrix(x, "x", "[rows, width]");
   dtype_of(x, "x");
   const int64_t width = x.size(1);
@@ -216,6 +216,10 @@ Width width_of(const Tensor& x, const Bases& bases) {
   check((n & (n - 1)) == 0, "the width must be m 2^k, got ", width, " = ", width / n, " x ", n);
   int k = 0;
   while (int64_t(1) << k < n) ++k;
+  if (signs) {
+    check_shape(*signs, {width}, "signs");
+    check_dtype(*signs, ScalarType::Char, "signs");
+  }
   return {k, scale / std::sqrt(double(n))};
 }
 
@@ -235,16 +239,10 @@ void run_on_card(const Tensor& x, const Bases& bases, const std::optional<Tensor
                  Tensor* y, const Codes* codes) {
   const Tensor in = dense(x);
   Tensor flips;
-  if (signs) {
-    check_shape(*signs, {x.size(1)}, "signs");
-    check_dtype(*signs, ScalarType::Char, "signs");
-    check_beside(x, *signs, "signs");
-    flips = dense(*signs);
-  }
+  if (signs) flips = dense(*signs);
   cuda::HadamardRows a{};
   Bases matrices;
   for (const Tensor& base : bases) {
-    check_beside(x, base, "base");
     const Tensor& matrix = matrices.emplace_back(dense(base));
     const bool exact = matrix.scalar_type() == ScalarType::Char;
     a.bases[a.count++] = {int(matrix.size(0)), exact ? data<int8_t>(matrix) : nullptr,
@@ -274,9 +272,7 @@ void run_on_cpu(const Tensor& x, const Bases& bases, const std::optional<Tensor>
   const int64_t width = x.size(1);
   std::vector<float> flips;
   if (signs) {
-    check_shape(*signs, {width}, "signs");
     const Tensor s = dense(*signs);
-    check_dtype(s, ScalarType::Char, "signs");
     check_signs(data<int8_t>(s), width, "signs");
     flips.assign(data<int8_t>(s), data<int8_t>(s) + width);
   }
@@ -295,10 +291,12 @@ void run_on_cpu(const Tensor& x, const Bases& bases, const std::optional<Tensor>
 }  // namespace
 
 Tensor hadamard(const Tensor& x, Bases bases, std::optional<Tensor> signs) {
-  const Width w = width_of(x, bases);
+  const Width w = width_of(x, bases, signs);
+  end_of_checks();
 #if FEWBIT_WITH_CUDA
   if (architecture_of(x) != 0) {
-    if (!card_serves(x, bases, false)) return call_plain("fewbit_plain::hadamard", x, bases, signs);
+    if (!card_serves(x, bases, false))
+      return call<Tensor>("fewbit_plain::hadamard", x, bases, signs);
     Tensor y = empty_on(x, {x.size(0), x.size(1)}, x.scalar_type());
     run_on_card(x, bases, signs, w, &y, nullptr);
     return y;
@@ -312,15 +310,18 @@ Tensor hadamard(const Tensor& x, Bases bases, std::optional<Tensor> signs) {
 std::tuple<Tensor, Tensor> hadamard_quantize(const Tensor& x, Bases bases,
                                              std::optional<Tensor> signs, int64_t bits,
                                              std::optional<double> clip) {
-  const Width w = width_of(x, bases);
+  const Width w = width_of(x, bases, signs);
   check(bits == 4 || bits == 8, "bits must be 4 or 8, got ", bits);
   check(bits == 8 || x.size(1) % 8 == 0, "4-bit codes are stored by eights: the width must be a ",
         "multiple of 8, got ", x.size(1));
-  const Codes codes(x, token_grid(bits, clip));
+  const TokenGrid grid = token_grid(bits, clip);
+  end_of_checks();
+  const Codes codes(x, grid);
 #if FEWBIT_WITH_CUDA
   if (architecture_of(x) != 0) {
     if (!card_serves(x, bases, true))
-      return call_plain<2>("fewbit_plain::hadamard_quantize", x, bases, signs, bits, clip);
+      return call<std::tuple<Tensor, Tensor>>("fewbit_plain::hadamard_quantize", x, bases, signs,
+                                              bits, clip);
     run_on_card(x, bases, signs, w, nullptr, &codes);
     return {codes.q, codes.scale};
   }

@@ -10,11 +10,14 @@ namespace fewbit::bindings {
 
 namespace {
 
+void check_list(const Tensor& list, const char* name) {
+  check_dtype(list, ScalarType::Long, name);
+  check(list.dim() == 1, name, " must be a list of columns, got shape ", shape_of(list));
+}
+
 // Calls each(column, index) for a list of columns.
 template <class Each>
 void each_column(const Tensor& list, const char* name, int64_t columns, const Each& each) {
-  check_dtype(list, ScalarType::Long, name);
-  check(list.dim() == 1, name, " must be a list of columns, got shape ", shape_of(list));
   const Tensor dense_list = dense(list);
   for (int64_t i = 0; i < list.size(0); ++i) {
     const int64_t k = data<int64_t>(dense_list)[i];
@@ -33,15 +36,9 @@ static Tensor mixed_on_cuda(const Tensor& x, const Weight& w, cuda::PackedProduc
                             const std::optional<Tensor>& kept,
                             const std::optional<Tensor>& kept_weight) {
   const PackedLayout& l = w.layout;
-  const auto columns_of = [&](const Tensor& list, const char* name) {
-    check_dtype(list, ScalarType::Long, name);
-    check(list.dim() == 1, name, " must be a list of columns, got shape ", shape_of(list));
-    check_beside(x, list, name);
-    return dense(list);
-  };
   Tensor flag = empty_on(x, {l.columns}, ScalarType::Byte);
   if (outliers) {
-    const Tensor list = columns_of(*outliers, "outliers");
+    const Tensor list = dense(*outliers);
     run_cuda(x,
              cuda::ColumnPlaces{data<int64_t>(list), nullptr, mutable_data<uint8_t>(flag),
                                 list.size(0), l.columns},
@@ -54,10 +51,7 @@ static Tensor mixed_on_cuda(const Tensor& x, const Weight& w, cuda::PackedProduc
   }
   std::optional<Tensor> kept_row, float_columns;
   if (kept) {
-    const Tensor list = columns_of(*kept, "kept");
-    check_shape(*kept_weight, {list.size(0), l.rows}, "kept_weight");
-    check_dtype(*kept_weight, ScalarType::Float, "kept_weight");
-    check_beside(x, *kept_weight, "kept_weight");
+    const Tensor list = dense(*kept);
     float_columns = dense(*kept_weight);
     kept_row = empty_on(x, {l.columns}, ScalarType::Int);
     run_cuda(x,
@@ -102,6 +96,13 @@ Tensor int8_mixed_linear(const Tensor& x, const Tensor& packed, const Tensor& sc
   check_exact(l, true);
   check(threshold > 0, "threshold must be above 0, got ", threshold);
   check(bool(kept) == bool(kept_weight), "kept and kept_weight come together");
+  if (outliers) check_list(*outliers, "outliers");
+  if (kept) {
+    check_list(*kept, "kept");
+    check_shape(*kept_weight, {kept->numel(), l.rows}, "kept_weight");
+    check_dtype(*kept_weight, ScalarType::Float, "kept_weight");
+  }
+  end_of_checks();
 
   const Tensor in = dense(x);
 #if FEWBIT_WITH_CUDA
@@ -109,8 +110,8 @@ Tensor int8_mixed_linear(const Tensor& x, const Tensor& packed, const Tensor& sc
     cuda::PackedProduct a = product_of(in, w, dtype);
     a.codes = 8;
     if (m == 0 || l.rows == 0 || !cuda::serves(a, card))
-      return call_plain("fewbit_plain::int8_mixed_linear", x, packed, scale, zero_point, bias,
-                        out_features, group_size, threshold, outliers, kept, kept_weight);
+      return call<Tensor>("fewbit_plain::int8_mixed_linear", x, packed, scale, zero_point, bias,
+                          out_features, group_size, threshold, outliers, kept, kept_weight);
     return mixed_on_cuda(in, w, a, float(threshold), outliers, kept, kept_weight);
   }
 #endif
@@ -127,8 +128,6 @@ Tensor int8_mixed_linear(const Tensor& x, const Tensor& packed, const Tensor& sc
   std::optional<Tensor> float_columns;
   const float** by_column = scratch.get<9>();
   if (kept) {
-    check_shape(*kept_weight, {kept->numel(), l.rows}, "kept_weight");
-    check_dtype(*kept_weight, ScalarType::Float, "kept_weight");
     float_columns = dense(*kept_weight);
     std::fill_n(by_column, columns, nullptr);
     each_column(*kept, "kept", columns, [&](int64_t k, int64_t i) {

@@ -34,6 +34,7 @@ class Interrupt {
 // As run(), in pieces of `grain` tasks, until `interrupt` says stop.
 template <class Args>
 void run(const Args& args, int64_t grain, Interrupt& interrupt) {
+  end_of_checks();
   const Kernel<Args> kernel = cpu::kernel_for<Args>();
   const int64_t tasks = args.tasks();
   const auto range = [&](int64_t begin, int64_t end) {

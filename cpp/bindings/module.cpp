@@ -67,7 +67,6 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "fewbit's native module: importing it registers the torch operators.";
   m.attr("__version__") = FEWBIT_VERSION;
   m.attr("cuda") = bool(FEWBIT_WITH_CUDA) && !FEWBIT_CUDA_EMULATED;
-  m.attr("cuda_kernels") = bool(FEWBIT_WITH_CUDA);  // for cards, or emulated
   fewbit::bindings::set_interrupt_hook(&interrupted);
   m.attr("panel_rows") = fewbit::panel_rows;
   m.def(

@@ -17,8 +17,7 @@ std::tuple<Tensor, Tensor, Tensor> norm_quantize(const Tensor& x, const Tensor& 
     check_shape(*bias, {columns}, "bias");
     dtype_of(*bias, "bias");
   }
-  check_beside(x, weight, "weight");
-  if (bias) check_beside(x, *bias, "bias");
+  end_of_checks();
   const Tensor in = dense(x);
   const Tensor weight32 = as_float(weight);
   std::optional<Tensor> bias32;

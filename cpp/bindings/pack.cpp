@@ -15,8 +15,6 @@ std::tuple<Tensor, Tensor, Tensor> pack(const Tensor& q, const Tensor& scale,
   const PackedLayout l = make_layout(q.size(0), q.size(1), bits, group_size);
   check_shape(scale, {l.rows, l.groups()}, "scale");
   check_shape(zero_point, {l.rows, l.groups()}, "zero_point");
-  check_beside(q, scale, "scale");
-  check_beside(q, zero_point, "zero_point");
   const Tensor codes = dense(q), scales = dense(scale), zeros = dense(zero_point);
   Tensor packed = empty_on(q, {l.words()}, ScalarType::Int);
   Tensor panel_scale = empty_on(q, {l.panels(), l.groups(), panel_rows}, scalar_type(scale_dtype));

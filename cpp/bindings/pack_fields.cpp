@@ -1,6 +1,6 @@
 #include "fewbit/pack_fields.h"
 
-#include "common.h"
+#include "op.h"
 
 namespace fewbit::bindings {
 
@@ -23,6 +23,6 @@ Tensor pack_fields(const Tensor& q, int64_t bits, bool interleave) {
 STABLE_TORCH_LIBRARY_FRAGMENT(fewbit, m) {
   m.def("pack_fields(Tensor q, int bits, bool interleave=False) -> Tensor");
 }
-STABLE_TORCH_LIBRARY_IMPL(fewbit, CPU, m) { m.impl("pack_fields", TORCH_BOX(&pack_fields)); }
+FEWBIT_CPU_OP(pack_fields)
 
 }  // namespace fewbit::bindings

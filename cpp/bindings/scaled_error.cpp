@@ -15,7 +15,6 @@ Tensor scaled_error(const Tensor& w, const Tensor& scale, int64_t bits, int64_t 
   check_matrix(scale, "scale", "[candidates, in_features]");
   check_shape(scale, {scale.size(0), columns}, "scale");
   check_dtype(scale, ScalarType::Float, "scale");
-  check_beside(w, scale, "scale");
   const int64_t count = scale.size(0);
   const Tensor in = dense(w), by = dense(scale);
   Tensor error = empty_on(w, {count, rows, columns}, w.scalar_type());

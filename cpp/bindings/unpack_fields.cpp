@@ -1,6 +1,6 @@
 #include "fewbit/unpack_fields.h"
 
-#include "common.h"
+#include "op.h"
 
 namespace fewbit::bindings {
 
@@ -27,6 +27,6 @@ Tensor unpack_fields(const Tensor& words, int64_t bits, int64_t columns, bool in
 STABLE_TORCH_LIBRARY_FRAGMENT(fewbit, m) {
   m.def("unpack_fields(Tensor words, int bits, int columns, bool interleave=False) -> Tensor");
 }
-STABLE_TORCH_LIBRARY_IMPL(fewbit, CPU, m) { m.impl("unpack_fields", TORCH_BOX(&unpack_fields)); }
+FEWBIT_CPU_OP(unpack_fields)
 
 }  // namespace fewbit::bindings

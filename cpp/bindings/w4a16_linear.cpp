@@ -17,7 +17,7 @@ static Tensor dequantized_linear(const Tensor& x, const Weight& w,
            "w4a16_linear");
   std::optional<Tensor> b;
   if (bias) b = torch::stable::to(*bias, x.scalar_type());
-  return call_plain("aten::linear", x, weight, b);
+  return call<Tensor>("aten::linear", x, weight, b);
 }
 #endif
 
@@ -36,8 +36,8 @@ Tensor w4a16_linear(const Tensor& x, const Tensor& packed, const Tensor& scale,
   if (const int card = architecture_of(x); card != 0) {
     cuda::PackedProduct a = product_of(in, w, dtype);
     if (!cuda::serves(a, card))
-      return call_plain("fewbit_plain::w4a16_linear", x, packed, scale, zero_point, bias,
-                        out_features, bits, group_size);
+      return call<Tensor>("fewbit_plain::w4a16_linear", x, packed, scale, zero_point, bias,
+                          out_features, bits, group_size);
     if (m > cuda::most_rows(card)) return dequantized_linear(in, w, bias);
     a.out = out.mutable_data_ptr();
     run_product(in, a, "w4a16_linear");

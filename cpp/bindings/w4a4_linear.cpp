@@ -24,7 +24,6 @@ Tensor w4a4_linear(const Tensor& x, const Tensor& packed, const Tensor& scale,
   if (words) {
     check_dtype(*x_scale, ScalarType::Float, "x_scale");
     check_shape(*x_scale, {m}, "x_scale");
-    check_beside(x, *x_scale, "x_scale");
     scales = dense(*x_scale);
   }
   Tensor out = empty_on(x, {m, l.rows}, scalar_type(dtype));
@@ -39,8 +38,8 @@ Tensor w4a4_linear(const Tensor& x, const Tensor& packed, const Tensor& scale,
                        : empty_on(x, {m, columns}, ScalarType::Char);
     a.x = q.const_data_ptr();
     if (!cuda::serves(a, card))
-      return call_plain("fewbit_plain::w4a4_linear", x, packed, scale, zero_point, bias,
-                        out_features, group_size, x_scale, clip);
+      return call<Tensor>("fewbit_plain::w4a4_linear", x, packed, scale, zero_point, bias,
+                          out_features, group_size, x_scale, clip);
     if (!words) {
       scales = empty_on(x, {m}, ScalarType::Float);
       Tensor zero = empty_on(x, {m}, ScalarType::Int);

@@ -69,6 +69,7 @@ if(FEWBIT_WERROR)
   target_compile_options(fewbit_cuda PRIVATE -Werror=all-warnings -Xptxas=-Werror,-warn-spills)
 endif()
 set_target_properties(fewbit_cuda PROPERTIES CUDA_STANDARD 20 CUDA_RUNTIME_LIBRARY Static
-                                             POSITION_INDEPENDENT_CODE ON)
+                                             POSITION_INDEPENDENT_CODE ON
+                                             CUDA_VISIBILITY_PRESET hidden)
 target_link_libraries(fewbit_cuda PRIVATE ${CUDART} rt pthread ${CMAKE_DL_LIBS})
 set(with_cuda 1)

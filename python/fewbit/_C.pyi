@@ -4,7 +4,7 @@ fewbit's native module: importing it registers the torch operators.
 from __future__ import annotations
 
 __all__: list[str] = [
-    'allow_unverified', 'available_isas', 'cuda', 'cuda_kernels', 'isa', 'panel_rows', 'set_isa',
+    'allow_unverified', 'available_isas', 'cuda', 'isa', 'panel_rows', 'set_isa',
     'set_verified'
 ]
 def allow_unverified(on: bool) -> None:
@@ -29,5 +29,4 @@ def set_verified(op: str, architecture: int) -> None:
     """
 __version__: str = '0.1.0'
 cuda: bool = False
-cuda_kernels: bool = False
 panel_rows: int = 16

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import _C, cuda, reference  # importing _C registers the native kernels
+from . import cuda, reference  # importing _C registers the native kernels
 
 __all__ = [
     "act_stats",
@@ -38,20 +38,15 @@ __all__ = [
     "w8a8_linear",
 ]
 
-_library = torch.library.Library("fewbit", "IMPL")
-_plain_library = torch.library.Library("fewbit_plain", "DEF")
-
-
-def _composite(name: str) -> None:
-    """Register reference.<name> for the devices that have no native kernel."""
-    _library.impl(name, getattr(reference, name), "CompositeExplicitAutograd")
+_library = torch.library.Library("fewbit_plain", "DEF")
 
 
 def _plain(name: str) -> None:
-    """Register reference.<name> as what an op calls on a card without a verified kernel."""
+    """Register reference.<name> as what the native module calls, after its checks, on devices and
+    cards without a kernel."""
     schema = str(getattr(torch.ops.fewbit, name).default._schema).removeprefix("fewbit::")
-    _plain_library.define(schema)
-    _plain_library.impl(name, getattr(reference, name), "CompositeExplicitAutograd")
+    _library.define(schema)
+    _library.impl(name, getattr(reference, name), "CompositeExplicitAutograd")
 
 
 def quantize(
@@ -619,7 +614,5 @@ def _panel_words(columns: int, bits: int, group_size: int) -> int:
 
 
 for _name in __all__:
-    _composite(_name)
-    if _C.cuda_kernels:
-        _plain(_name)
+    _plain(_name)
 cuda.hand_over()

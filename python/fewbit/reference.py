@@ -153,6 +153,8 @@ def gptq(
     group = resolve_group(group_size, columns)
     grid = (bits, -1, symmetric, scale_dtype)
     # float64 where the device has it: what the kernel's float32 chains are compared with.
+    if order is not None:
+        _check_order(order.tolist(), columns, group, fit == "in_order" and scale is None)
     t = w.to(torch.float32 if w.device.type == "mps" else torch.float64)
     t = t.clone() if order is None else t[:, order]
     original, c = t.clone(), c.to(t.dtype)
@@ -186,6 +188,19 @@ def gptq(
     codes = torch.empty_like(q, dtype=torch.uint8)
     codes[:, at] = q.to(torch.uint8)
     return codes, s.to(getattr(torch, scale_dtype)), z.to(torch.uint8)
+
+
+def _check_order(order: list[int], columns: int, group: int, runs: bool) -> None:
+    """``order`` names every column once and, where ``runs``, those of a group side by side."""
+    if sorted(order) != list(range(columns)):
+        raise UsageError(f"order must hold every column 0..{columns - 1} once")
+    groups = [k // group for k in order]
+    starts = [g for i, g in enumerate(groups) if i == 0 or g != groups[i - 1]]
+    if runs and len(starts) > len(set(starts)):
+        raise UsageError(
+            "order leaves and re-enters a group: fit=in_order needs the columns of a group side by"
+            " side"
+        )
 
 
 def _search_range(
@@ -285,6 +300,8 @@ def pack(
     q: Tensor, scale: Tensor, zero_point: Tensor, bits: int, group_size: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Canonical codes to panels of 16 rows; groups start on unit boundaries."""
+    if q.numel() and not q.is_meta and int(q.max()) >> bits:
+        raise UsageError(f"q holds codes above {(1 << bits) - 1}, the largest of {bits} bits")
     rows, columns = q.shape
     group = resolve_group(group_size, columns)
     panels, groups, unit = -(-rows // _PANEL), -(-columns // group), unit_columns(bits)
@@ -555,6 +572,9 @@ def int8_mixed_linear(
 ) -> Tensor:
     """int8 for most columns, float for the outliers; equation in fewbit/int8_mixed_linear.h."""
     columns = x.shape[1]
+    for name, of in (("outliers", outliers), ("kept", kept)):
+        if of is not None and bool(((of < 0) | (of >= columns)).any()):
+            raise UsageError(f"{name} must hold columns in 0..{columns - 1}")
     flag = torch.zeros(columns, dtype=torch.bool, device=x.device)
     if outliers is not None:
         flag[outliers] = True
