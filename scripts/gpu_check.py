@@ -5,6 +5,7 @@
     python scripts/gpu_check.py --compare    compare only; the record is not written
     python scripts/gpu_check.py --only OP .. these operators only
     python scripts/gpu_check.py --no-sanitizer   without what takes most of the time
+    python scripts/gpu_check.py --small      times small shapes: to see the script run, no figures
     python scripts/gpu_check.py --emulate 75 the comparison on the CPU emulator (no GPU; build with
                                              -DFEWBIT_CUDA=EMULATE), as a card of sm_75
 
@@ -49,6 +50,7 @@ def main() -> int:
     parser.add_argument("--compare", action="store_true", help="compare only, write nothing")
     parser.add_argument("--only", nargs="+", metavar="OP", help="these operators only")
     parser.add_argument("--no-sanitizer", action="store_true", help="without compute-sanitizer")
+    parser.add_argument("--small", action="store_true", help="time small shapes, to see it run")
     parser.add_argument("--emulate", type=int, metavar="SM", help="on the CPU, as a card of sm_SM")
     parser.add_argument("--record", type=Path, default=RECORD, help="where the record is")
     parser.add_argument("--answer", type=Path, help=argparse.SUPPRESS)  # of a process for one op
@@ -97,7 +99,9 @@ def main() -> int:
     }
     record = json.loads(arguments.record.read_text(encoding="utf-8"))
     write(arguments.record, updated(record, architecture, results, run))  # before what takes long
-    run["rates"], run["times"] = timed([op for op in names if not results[op]])
+    run["rates"], run["times"] = timed(
+        [op for op in names if not results[op]], arguments.small
+    )
     write(arguments.record, updated(record, architecture, results, run))
     print(f"record written to {arguments.record}")
     return report(results)
@@ -261,15 +265,15 @@ def built() -> str:
     return ""
 
 
-def timed(names: list[str]) -> tuple[dict[str, float], list[dict]]:
+def timed(names: list[str], small: bool) -> tuple[dict[str, float], list[dict]]:
     import gpu_times
 
     device = torch.device("cuda")
-    rates = gpu_times.rates_of(device)
+    rates = gpu_times.rates_of(device, 64 if small else 4096)
     print(f"copy {rates['copy'] / 1e9:.0f} GB/s, fp16 {rates['fp16'] / 1e12:.1f} TFLOP/s, int8 "
           f"{rates['int8'] / 1e12:.1f} TOP/s, fp32 {rates['fp32'] / 1e12:.1f} TFLOP/s")  # fmt: skip
     ops = tuple(op for op in gpu_times.OPS if op in names)
-    return rates, gpu_times.measure(gpu_times.Bench(device), rates, ops)
+    return rates, gpu_times.measure(gpu_times.Bench(device, small), rates, ops)
 
 
 if __name__ == "__main__":

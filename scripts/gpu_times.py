@@ -473,17 +473,18 @@ def seconds(call: Call, copies: int = 1) -> float:
     return statistics.median(timed(run, count) for _ in range(9))
 
 
-def rates_of(device: torch.device) -> dict[str, float]:
-    """What this card does in this run: bytes a second copied, operations a second multiplied."""
-    source = torch.empty(1 << 28, dtype=torch.uint8, device=device)
+def rates_of(device: torch.device, n: int = 4096) -> dict[str, float]:
+    """What this card does in this run: bytes a second copied (16 n n of them), operations a second
+    multiplied (n x n)."""
+    source = torch.empty(16 * n * n, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     rates = {"copy": 2 * source.numel() / seconds(lambda i: target.copy_(source))}
-    flops = 2.0 * 4096**3
-    half = torch.randn(4096, 4096, device=device, dtype=torch.float16)
+    flops = 2.0 * n**3
+    half = torch.randn(n, n, device=device, dtype=torch.float16)
     rates["fp16"] = flops / seconds(lambda i: half @ half)
     single = half.float()
     rates["fp32"] = flops / seconds(lambda i: single @ single)
-    eight = torch.randint(-127, 128, (4096, 4096), device=device, dtype=torch.int8)
+    eight = torch.randint(-127, 128, (n, n), device=device, dtype=torch.int8)
     try:
         rates["int8"] = flops / seconds(lambda i: torch._int_mm(eight, eight.T))
     except RuntimeError as error:
