@@ -91,7 +91,7 @@ def card(tmp_path_factory):
     folder = tmp_path_factory.mktemp("stand_in")
     packages = Path(do(PYTHON, "-c", "import torch; print(torch.__path__[0])").strip()).parent
     runtime, kernels = runtime_library(folder, packages), kernel_library(folder)
-    build, package = folder / "build", folder / "python"
+    build, package = folder / "build", folder / "python"  # beside it what gpu_check.py takes along
     pybind11 = do(sys.executable, "-m", "pybind11", "--cmakedir").strip()
     do("cmake", "-S", ROOT, "-B", build, "-G", "Ninja", "-DFEWBIT_CUDA=ON", f"-DCUDART={runtime}",
        "-DCMAKE_CUDA_ARCHITECTURES=75-real", "-DCMAKE_CUDA_RUNTIME_LIBRARY=None",
@@ -99,6 +99,10 @@ def card(tmp_path_factory):
        f"-Dpybind11_DIR={pybind11}")  # fmt: skip
     do("cmake", "--build", build)
     shutil.copytree(ROOT / "python", package, ignore=shutil.ignore_patterns("_C*.so"))
+    for name in ("scripts/gpu_check.py", "scripts/gpu_times.py", "tests/cuda_sweep.py",
+                 "tests/grids.py"):  # fmt: skip
+        (folder / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, folder / name)
     for module in build.glob("cpp/_C*.so"):
         shutil.copy(module, package / "fewbit")
 
@@ -110,7 +114,6 @@ def card(tmp_path_factory):
                 "FEWBIT_STAND_IN": str(architecture), "FEWBIT_STAND_IN_KERNELS": str(kernels),
                 "PYTHONPATH": f"{STAND_IN}:{package}",
                 "FEWBIT_CUDA_UNVERIFIED": str(int(unverified)),
-                "FEWBIT_PACKAGE": str(package),
             },
         )  # fmt: skip
 
@@ -126,7 +129,7 @@ def says(card, text, **options):
 @pytest.mark.parametrize("architecture", [75, 80, 86, 89, 90])
 def test_gpu_check(card, architecture):
     """Every kernel against reference.py, launched as on a card, and out of a graph."""
-    done = card(ROOT / "scripts" / "gpu_check.py", "--compare", architecture=architecture)
+    done = card("scripts/gpu_check.py", "--compare", architecture=architecture)
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
     assert f"sm_{architecture}" in done.stdout and done.stdout.count("ok  ") == 17
 
@@ -134,7 +137,7 @@ def test_gpu_check(card, architecture):
 def test_gpu_check_times_and_writes_the_record(card, tmp_path):
     record = tmp_path / "verified.json"
     shutil.copy(ROOT / "python" / "fewbit" / "verified.json", record)
-    done = card(ROOT / "scripts" / "gpu_check.py", "--small", "--record", record, "--only",
+    done = card("scripts/gpu_check.py", "--small", "--record", record, "--only",
                 "quantize", "w4a16_linear", "act_stats")  # fmt: skip
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
     written = json.loads(record.read_text())
@@ -195,13 +198,13 @@ for call in calls:
 
 def test_an_error_of_torch_keeps_its_words(card):
     said = says(card, """
-w = torch.randn(1, 1).cuda().expand(1 << 20, 1 << 14)
+w, scale = torch.randn(1024, 1024), torch.ones(4096, 1024)  # a result of 16 GB
 try:
-    ops.pseudo_quantize(w)
+    ops.scaled_error(w.cuda(), scale.cuda())
 except RuntimeError as error:
     print(error)
 """)  # fmt: skip
-    assert said.startswith("pseudo_quantize: CUDA out of memory")
+    assert said.startswith("scaled_error: CUDA out of memory. Tried to allocate 16.00 GiB")
 
 
 # ---- that the stand-in can fail ------------------------------------------------------------------

@@ -21,8 +21,8 @@ TRANSLATED = {
     "Methods": "29faf840e332b0e7",
     "Results": "47fd90f3b02e37d9",
     "Models bigger than memory, and runs that stop": "ed20d408e00e464f",
-    "How it is made": "e7f6e858157d417a",
-    "Limits, said plainly": "51b38a5e0cebf019",
+    "How it is made": "015c3c7f14529e77",
+    "Limits, said plainly": "164599f288335d3b",
 }
 
 

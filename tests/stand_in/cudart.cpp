@@ -265,10 +265,20 @@ const char* cudaGetErrorString(cudaError_t error) { return cudaGetErrorName(erro
 // ---- memory
 // --------------------------------------------------------------------------------------
 
+cudaError_t cudaMemGetInfo(size_t* left, size_t* total) {
+  const std::lock_guard lock(mutex);
+  *left = *total = memory;
+  for (auto& [_, r] : regions)
+    if (r.device == device_now) *left -= r.bytes;
+  return cudaSuccess;
+}
 cudaError_t cudaMalloc(void** p, size_t bytes) {
   const std::lock_guard lock(mutex);
   if (refused_now()) return fail(cudaErrorStreamCaptureUnsupported);
   bytes = (std::max<size_t>(bytes, 1) + 4095) / 4096 * 4096;
+  size_t left, total;
+  cudaMemGetInfo(&left, &total);
+  if (bytes > left) return fail(cudaErrorMemoryAllocation);
   void* made = mmap(nullptr, bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (made == MAP_FAILED) return fail(cudaErrorMemoryAllocation);
   regions[static_cast<char*>(made)] = {bytes, device_now};
@@ -282,13 +292,6 @@ cudaError_t cudaFree(void* p) {
   if (it == regions.end()) return fail(cudaErrorInvalidValue);
   munmap(p, it->second.bytes);
   regions.erase(it);
-  return cudaSuccess;
-}
-cudaError_t cudaMemGetInfo(size_t* free_now, size_t* total) {
-  const std::lock_guard lock(mutex);
-  *free_now = *total = memory;
-  for (auto& [_, r] : regions)
-    if (r.device == device_now) *free_now -= std::min(*free_now, r.bytes);
   return cudaSuccess;
 }
 cudaError_t cudaHostAlloc(void** p, size_t bytes, unsigned) {
