@@ -76,7 +76,8 @@ FEWBIT_INLINE void codes_of_token(const T* x, const uint8_t* skip, int64_t n, in
   const int64_t whole = n / F32::width * F32::width;
   codes_of<256, clamped>(whole, load, F32::set(step.s), F32::set(inverse_of(step.s)),
                          F32::set(step.z), F32::set(grid.least()), F32::set(grid.top()), reach, q);
-  for (int64_t i = whole; i < n; ++i) q[i] = token_code(column_of(x, skip, i), step, grid);
+  for (int64_t rest = n % F32::width, i = n - rest; rest > 0; --rest, ++i)
+    q[i] = token_code(column_of(x, skip, i), step, grid);
 }
 
 // `fitted`: the step is what fit_token gave.
