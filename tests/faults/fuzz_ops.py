@@ -1,6 +1,6 @@
 """Operators with arguments that make no sense: each call ends in a result or a Python exception.
 
-    python tests/faults/fuzz_ops.py --calls 100000 --seed 1
+    python tests/faults/fuzz_ops.py --calls 100000 --seed 1 [--device cuda]
 
 Starts from a valid call of every operator and changes one to three arguments: numbers at the ends
 of their range, tensors of another type, shape, stride, device or content, text and None. A crash
@@ -16,9 +16,11 @@ import faulthandler
 import random
 import resource
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from torch.utils._pytree import tree_map_only
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from fewbit import ops  # noqa: E402
@@ -53,7 +55,7 @@ def other_tensor(t: torch.Tensor, draw: random.Random) -> torch.Tensor:
         lambda: t.new_zeros(0),
         lambda: t.new_zeros(size, 0),
         lambda: t.new_zeros(1).expand(t.shape),
-        lambda: t.to("meta"),
+        lambda: t.to(draw.choice(["meta", "cpu"])),
         lambda: t.to_sparse(),
         lambda: torch.nn.Parameter(t.clone()) if t.is_floating_point() else t.neg(),
         lambda: torch.full_like(t, draw.choice(FLOATS if t.is_floating_point() else [0, 1, 127])),
@@ -86,14 +88,16 @@ def shown(value) -> str:
     return f"<{value.dtype} {list(value.shape)} {value.layout} {value.device}>"
 
 
-def run(calls: int, seed: int, trace: bool = False) -> tuple[int, int]:
-    """Make the calls; how many gave a result, and how many an exception."""
+def run(
+    calls: int, seed: int, trace: bool = False, device: str = "cpu", without: Sequence[str] = ()
+) -> tuple[int, int]:
+    """Make the calls on ``device``; how many gave a result, and how many an exception."""
     draw, done, refused = random.Random(seed), 0, 0
     torch.manual_seed(seed)
-    names = sorted(arguments())
+    names = sorted(set(arguments()) - set(without))
     for number in range(calls):
         name = names[number % len(names)]
-        given = list(arguments()[name])
+        given = tree_map_only(torch.Tensor, lambda t: t.to(device), list(arguments()[name]))
         for at in draw.sample(range(len(given)), min(len(given), draw.choice([1, 1, 1, 2, 3]))):
             try:
                 given[at] = other(given[at], draw)
@@ -116,6 +120,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--calls", type=int, default=3000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--without", nargs="+", default=[], metavar="OP")
     parser.add_argument("--trace", action="store_true")
     options = parser.parse_args()
     faulthandler.enable()
@@ -123,7 +129,8 @@ def main() -> None:
     if "libasan" not in Path("/proc/self/maps").read_text():  # it maps terabytes for itself
         size = 8 << 30
         resource.setrlimit(resource.RLIMIT_DATA, (size, size))
-    done, refused = run(options.calls, options.seed, options.trace)
+    done, refused = run(options.calls, options.seed, options.trace, options.device,
+                        options.without)  # fmt: skip
     print(f"{done} results, {refused} exceptions, nothing else")
 
 

@@ -44,8 +44,9 @@ struct Event {
   std::chrono::steady_clock::time_point at;
 };
 struct Region {
-  size_t bytes;
+  size_t bytes;  // up to a page that is never open, so that what lies behind is not read
   int device;
+  char* pages;
 };
 
 std::recursive_mutex mutex;
@@ -99,7 +100,8 @@ class Open {
  private:
   void set(int access) const {
     for (auto& [p, r] : regions)
-      if (device_ == every_card || r.device == device_) mprotect(p, r.bytes, access);
+      if (device_ == every_card || r.device == device_)
+        mprotect(r.pages, size_t(p + r.bytes - r.pages), access);
   }
   std::lock_guard<std::recursive_mutex> lock_;
   int device_;
@@ -275,14 +277,17 @@ cudaError_t cudaMemGetInfo(size_t* left, size_t* total) {
 cudaError_t cudaMalloc(void** p, size_t bytes) {
   const std::lock_guard lock(mutex);
   if (refused_now()) return fail(cudaErrorStreamCaptureUnsupported);
-  bytes = (std::max<size_t>(bytes, 1) + 4095) / 4096 * 4096;
+  constexpr size_t line = 256, page = 4096;  // a card's allocations begin on whole lines
+  bytes = (std::max<size_t>(bytes, 1) + line - 1) / line * line;
   size_t left, total;
   cudaMemGetInfo(&left, &total);
   if (bytes > left) return fail(cudaErrorMemoryAllocation);
-  void* made = mmap(nullptr, bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  const size_t whole = (bytes + page - 1) / page * page;
+  void* made = mmap(nullptr, whole + page, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (made == MAP_FAILED) return fail(cudaErrorMemoryAllocation);
-  regions[static_cast<char*>(made)] = {bytes, device_now};
-  return *p = made, cudaSuccess;
+  char* pages = static_cast<char*>(made);
+  regions[pages + whole - bytes] = {bytes, device_now, pages};
+  return *p = pages + whole - bytes, cudaSuccess;
 }
 cudaError_t cudaFree(void* p) {
   const std::lock_guard lock(mutex);
@@ -290,7 +295,8 @@ cudaError_t cudaFree(void* p) {
   if (refused_now()) return fail(cudaErrorStreamCaptureUnsupported);
   const auto it = regions.find(static_cast<char*>(p));
   if (it == regions.end()) return fail(cudaErrorInvalidValue);
-  munmap(p, it->second.bytes);
+  const auto& [start, r] = *it;
+  munmap(r.pages, size_t(start + r.bytes - r.pages) + 4096);
   regions.erase(it);
   return cudaSuccess;
 }
