@@ -264,7 +264,7 @@ def test_no_raise_is_outside_the_catalogue():
 
 def test_native_errors_carry_an_id():
     for path in sorted((ROOT / "cpp").rglob("*.*")):
-        for statement in re.findall(r"\bthrow std[^;]*;", path.read_text()):
+        for statement in re.findall(r"\bthrow (?:std|py)[^;]*;", path.read_text()):
             carries = "[FB" in statement or "message.str()" in statement  # check() in common.h
             assert carries, f"{path.name}: {statement}"
     with pytest.raises(ValueError, match=r"bits must be in 2..8, got 9 \[FB100\]"):

@@ -240,7 +240,8 @@ import ctypes, torch
 x = torch.ones(64).cuda()
 runtime = ctypes.CDLL("libcudart.so.13")
 here = ctypes.create_string_buffer(300)
-copy = lambda size: runtime.cudaMemcpy(here, ctypes.c_void_p(x.data_ptr()), ctypes.c_size_t(size), 4)
+pointer, size_t = ctypes.c_void_p, ctypes.c_size_t
+copy = lambda size: runtime.cudaMemcpy(here, pointer(x.data_ptr()), size_t(size), 4)
 assert copy(256) == 0
 copy(257)
 """, own_allocations=True)  # fmt: skip

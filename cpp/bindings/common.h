@@ -23,6 +23,9 @@ namespace fewbit::bindings {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+// A ValueError in Python (module.cpp).
+[[noreturn]] void raise_value_error(const std::ostringstream& message);
+
 // Raises ValueError in Python: one sentence with the offending value and what is allowed, and the
 // id of errors.py's UsageError.
 template <class... Parts>
@@ -30,7 +33,7 @@ void check(bool ok, const Parts&... parts) {
   if (ok) return;
   std::ostringstream message;
   (message << ... << parts) << " [FB100]";
-  throw std::invalid_argument(message.str());
+  raise_value_error(message);
 }
 
 // While one lives, a binding ends where its checks do: what would read or write data, or have a

@@ -5,6 +5,7 @@
 
 #include <array>
 #include <functional>
+#include <sstream>
 #include <stdexcept>
 #include <string>
 
@@ -18,9 +19,17 @@
 
 namespace py = pybind11;
 
-namespace fewbit::bindings {  // cuda.cpp
-void set_verified(const std::string& op, int architecture);
+namespace fewbit::bindings {
+
+void set_verified(const std::string& op, int architecture);  // op.cpp
 void allow_unverified(bool on);
+
+// As pybind11's exception, which every torch passes on as it is: 2.15 makes a RuntimeError of
+// std::invalid_argument.
+[[noreturn]] void raise_value_error(const std::ostringstream& message) {
+  throw py::value_error(message.str());
+}
+
 }  // namespace fewbit::bindings
 
 namespace {

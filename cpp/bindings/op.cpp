@@ -55,7 +55,7 @@ void raise_torchs_error(const char* op) {
   std::ostringstream message;
   if (start != std::string::npos && end != std::string::npos) {
     message << why.substr(start, end + id.size() - start).substr(kind.size());
-    throw std::invalid_argument(message.str());
+    raise_value_error(message);
   }
   message << op << ": " << why;
   throw std::runtime_error(message.str());
