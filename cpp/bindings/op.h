@@ -23,8 +23,7 @@ bool is_code(const std::runtime_error& error);
 
 std::string name_of(const torch::stable::Device& device);
 
-// ---- the plain twin
-// ------------------------------------------------------------------------------
+// ---- the plain twin ----------------------------------------------------------------------------
 
 template <class Result>
 struct Results {  // of one tensor
@@ -57,8 +56,7 @@ Result call(const char* name, const Arguments&... arguments) {
   return Results<Result>::from(stack.data());
 }
 
-// ---- where a call runs
-// ---------------------------------------------------------------------------
+// ---- where a call runs -------------------------------------------------------------------------
 
 // The device of the tensors met so far: another one is an error, and so is a tensor without memory
 // of its own (sparse).

@@ -181,8 +181,7 @@ int stand_in_unserved(const char* name) {
   return fail(cudaErrorNotSupported);
 }
 
-// ---- cards
-// ---------------------------------------------------------------------------------------
+// ---- cards -------------------------------------------------------------------------------------
 
 cudaError_t cudaGetDeviceCount(int* count) { return *count = cards, cudaSuccess; }
 cudaError_t cudaGetDevice(int* device) { return *device = device_now, cudaSuccess; }
@@ -250,8 +249,7 @@ cudaError_t cudaGetDriverEntryPointByVersion(const char* symbol, void** entry, u
   return cudaSuccess;
 }
 
-// ---- errors
-// --------------------------------------------------------------------------------------
+// ---- errors ------------------------------------------------------------------------------------
 
 cudaError_t cudaGetLastError() {
   const cudaError_t error = last;
@@ -264,8 +262,7 @@ const char* cudaGetErrorName(cudaError_t error) {
 }
 const char* cudaGetErrorString(cudaError_t error) { return cudaGetErrorName(error); }
 
-// ---- memory
-// --------------------------------------------------------------------------------------
+// ---- memory ------------------------------------------------------------------------------------
 
 cudaError_t cudaMemGetInfo(size_t* left, size_t* total) {
   const std::lock_guard lock(mutex);
@@ -350,8 +347,7 @@ cudaError_t cudaMemset(void* to, int value, size_t bytes) {
   return cudaMemsetAsync(to, value, bytes, nullptr);
 }
 
-// ---- streams and events
-// --------------------------------------------------------------------------
+// ---- streams and events ------------------------------------------------------------------------
 
 cudaError_t cudaStreamCreateWithPriority(cudaStream_t* made, unsigned, int priority) {
   const std::lock_guard lock(mutex);
@@ -408,8 +404,7 @@ cudaError_t cudaEventElapsedTime(float* ms, cudaEvent_t start, cudaEvent_t end) 
   return *ms = passed.count(), cudaSuccess;
 }
 
-// ---- graphs
-// --------------------------------------------------------------------------------------
+// ---- graphs ------------------------------------------------------------------------------------
 
 cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* other) {
   return std::swap(mode, *other), cudaSuccess;
@@ -458,8 +453,7 @@ cudaError_t cudaGraphExecDestroy(cudaGraphExec_t graph) {
   return cudaSuccess;
 }
 
-// ---- kernels
-// -------------------------------------------------------------------------------------
+// ---- kernels -----------------------------------------------------------------------------------
 
 void** __cudaRegisterFatBinary(void*) {
   static void* handle = nullptr;
