@@ -6,9 +6,9 @@
 //   the process;
 // - while a stream records a graph, what waits for the card or allocates is refused, and so is a
 //   launch into another stream; what was recorded runs when the graph is launched, not before;
-// - a launch beyond the limits of the architecture (FEWBIT_STAND_IN, 75 for a T4) or into a stream
-// of
-//   another card is refused, and a kernel that reads another card's memory ends the process.
+// - a launch beyond the limits of the architecture (FEWBIT_STAND_IN, 75 for a T4), or into a stream
+//   of another card, is refused, and a kernel that reads another card's memory, or on from where an
+//   allocation ends, ends the process.
 //
 // torch's own kernels are not served: sitecustomize.py has the CPU do their work.
 #include <cuda_runtime_api.h>
