@@ -28,6 +28,12 @@ def main() -> None:
     try:
         with Card() if device == "cuda" else nullcontext():
             quantize(Path(model), Path(out), method, device=device, callback=callback)
+        if device == "cuda":
+            # The stand-in's tensors are Python objects: gloo's threads drop the last of them when
+            # they will, and one that does while the interpreter shuts down ends the process.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(0)
     except FewbitError as error:
         print(f"rank {os.environ['RANK']}: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
