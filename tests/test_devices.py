@@ -3,6 +3,8 @@ kernel depends on. Without a card, two stand-ins: meta tensors in, meta tensors 
 out; and the CPU with `meta` as the default device, where a tensor made without saying where would
 not mix with the arguments."""
 
+import signal
+
 import pytest
 import torch
 from torch.utils._pytree import tree_map_only
@@ -163,3 +165,21 @@ def test_what_the_plain_version_refuses_is_a_value_error():
     given[9] = torch.arange(64).reshape(2, 32).T.reshape(64)  # between groups and back
     with pytest.raises(ValueError, match="order leaves and re-enters a group"):
         elsewhere("gptq", *given)
+
+
+@pytest.mark.skipif(torch.__version__ < "2.13", reason="torch before 2.13 only prints why")
+def test_ctrl_c_stays_one_in_the_plain_version():
+    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    signal.setitimer(signal.ITIMER_REAL, 0.2)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            elsewhere("coordinate_descent", *arguments()["coordinate_descent"][:-1], 1000)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def test_text_of_an_argument_is_not_taken_for_an_error_of_torch():
+    w, *_ = arguments()["quantize"]
+    with pytest.raises(ValueError, match='^scale_dtype must be .* got "API call failed"'):
+        ops.quantize(w, 4, 32, False, "API call failed")

@@ -25,6 +25,7 @@ using torch::stable::Tensor;
 
 // A ValueError in Python (module.cpp).
 [[noreturn]] void raise_value_error(const std::ostringstream& message);
+[[noreturn]] void raise_keyboard_interrupt();
 
 // Raises ValueError in Python: one sentence with the offending value and what is allowed, and the
 // id of errors.py's UsageError.

@@ -30,6 +30,18 @@ void allow_unverified(bool on);
   throw py::value_error(message.str());
 }
 
+namespace {
+
+class KeyboardInterrupt : public py::builtin_exception {
+ public:
+  KeyboardInterrupt() : builtin_exception("") {}
+  void set_error() const override { PyErr_SetNone(PyExc_KeyboardInterrupt); }
+};
+
+}  // namespace
+
+[[noreturn]] void raise_keyboard_interrupt() { throw KeyboardInterrupt(); }
+
 }  // namespace fewbit::bindings
 
 namespace {

@@ -1,6 +1,6 @@
 #include "op.h"
 
-#if defined(__linux__)
+#if !defined(_WIN32)
 #include <dlfcn.h>
 #endif
 
@@ -17,15 +17,17 @@ std::mutex mutex;
 std::set<std::pair<std::string, int>> table;
 std::atomic<bool> everything{false};
 
-// What torch says of the exception that it turned into an error code last; torch 2.13 and up know.
-std::string last_error() {
-#if defined(__linux__)
+// What torch says of the exception that it turned into an error code last, or null: 2.13 and up
+// know.
+const char* last_error() {
+#if !defined(_WIN32)
   using Get = const char* (*)();
   static const auto get =
       reinterpret_cast<Get>(dlsym(RTLD_DEFAULT, "torch_exception_get_what_without_backtrace"));
-  if (const char* what = get ? get() : nullptr) return what;
+  return get ? get() : nullptr;
+#else
+  return nullptr;
 #endif
-  return "torch has printed why";
 }
 
 }  // namespace
@@ -44,11 +46,12 @@ bool verified(const char* op, int architecture) {
 }
 
 bool is_code(const std::runtime_error& error) {
-  return std::strstr(error.what(), "API call failed") != nullptr;
+  return std::strstr(error.what(), "API call failed") && !std::strstr(error.what(), "[FB");
 }
 
-void raise_torchs_error(const char* op) {
-  const std::string why = last_error();
+void raise_torchs_error(const char* op, const char* otherwise) {
+  const char* known = last_error();
+  const std::string why = known ? known : otherwise;
   // A UsageError of reference.py: its name, its sentence with its id, and where it was raised.
   const std::string kind = "UsageError: ", id = "[FB100]";
   const size_t start = why.find(kind), end = why.find(id, start);
@@ -57,20 +60,20 @@ void raise_torchs_error(const char* op) {
     message << why.substr(start, end + id.size() - start).substr(kind.size());
     raise_value_error(message);
   }
+  if (why.rfind("KeyboardInterrupt", 0) == 0) raise_keyboard_interrupt();
   message << op << ": " << why;
   throw std::runtime_error(message.str());
 }
 
-std::string name_of(const torch::stable::Device& device) {
-  using torch::headeronly::DeviceType;
+std::string name_of(Device device) {
   std::ostringstream name;
-  switch (device.type()) {
-    case DeviceType::CPU: return "cpu";
-    case DeviceType::Meta: return "meta";
-    case DeviceType::CUDA: name << "cuda"; break;
-    default: name << "device " << int(device.type());
-  }
-  name << ":" << int(device.index());
+  if (device.type == aoti_torch_device_type_cpu()) return "cpu";
+  if (device.type == aoti_torch_device_type_meta()) return "meta";
+  if (device.type == aoti_torch_device_type_cuda())
+    name << "cuda";
+  else
+    name << "device " << device.type;
+  name << ":" << device.index;
   return name.str();
 }
 

@@ -16,12 +16,16 @@ namespace fewbit::bindings {
 // table is of python/fewbit/cuda.py.
 bool verified(const char* op, int architecture);
 
-// Raises what torch's last call has ended with: its interface gives a code alone.
-[[noreturn]] void raise_torchs_error(const char* op);
+// Raises what torch's last call has ended with: its interface gives a code alone. `otherwise`: what
+// is said where torch does not know, before 2.13.
+[[noreturn]] void raise_torchs_error(const char* op, const char* otherwise);
 // Whether that is all that `error` says.
 bool is_code(const std::runtime_error& error);
 
-std::string name_of(const torch::stable::Device& device);
+struct Device {
+  int32_t type, index;
+};
+std::string name_of(Device device);
 
 // ---- the plain twin ----------------------------------------------------------------------------
 
@@ -52,7 +56,7 @@ Result call(const char* name, const Arguments&... arguments) {
   end_of_checks();
   std::array<StableIValue, sizeof...(Arguments)> stack{torch::stable::detail::from(arguments)...};
   if (torch_call_dispatcher(name, "", stack.data(), TORCH_ABI_VERSION) != AOTI_TORCH_SUCCESS)
-    raise_torchs_error(name);
+    raise_torchs_error(name, "failed; torch has printed why");
   return Results<Result>::from(stack.data());
 }
 
@@ -67,10 +71,12 @@ class OneDevice {
     int32_t layout = 0;
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(t.get(), &layout));
     check(layout == aoti_torch_layout_strided(), op_, ": tensors must be dense, got a sparse one");
-    const torch::stable::Device here = t.device();
+    Device here;  // torch::stable's own knows few types
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(t.get(), &here.type));
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(t.get(), &here.index));
     if (!first_) first_ = here;
-    check(*first_ == here, op_, ": tensors must lie on one device, got ", name_of(*first_), " and ",
-          name_of(here));
+    check(first_->type == here.type && first_->index == here.index, op_,
+          ": tensors must lie on one device, got ", name_of(*first_), " and ", name_of(here));
   }
   void meet(const std::optional<Tensor>& t) {
     if (t) meet(*t);
@@ -83,7 +89,7 @@ class OneDevice {
 
  private:
   const char* op_;
-  std::optional<torch::stable::Device> first_;
+  std::optional<Device> first_;
 };
 
 // torch dispatches to on_cpu where all tensors lie there.
@@ -118,7 +124,7 @@ struct Op<function, Name> {
     try {
       return function(std::forward<A>(a)...);
     } catch (const std::runtime_error& error) {
-      if (is_code(error)) raise_torchs_error(Name::op);
+      if (is_code(error)) raise_torchs_error(Name::op, error.what());
       throw;
     }
   }
@@ -131,8 +137,10 @@ struct Op<function, Name> {
   static R plain(const A&... a) {
     try {
       const OnlyChecks only;
-      native(a...);
+      function(a...);
     } catch (const Checked&) {
+    } catch (const std::runtime_error& error) {
+      if (!is_code(error)) throw;  // memory that torch does not show: the twin may do without
     }
     return call<R>(Name::plain, a...);
   }
