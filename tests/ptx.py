@@ -451,6 +451,8 @@ def _compile(one: Instruction, kernel: Kernel):
         return _plain(_insert, operands, kernel, [kind, kind, np.uint32, np.uint32])
     if name == "dp4a" and parts[1:] == ["s32", "s32"]:
         return _plain(_dot_bytes, operands, kernel, [np.int32] * 3)
+    if one.opcode == "max.NaN.f32":
+        return _plain(np.maximum, operands, kernel, [kind] * 2)
     if name in TWO:
         return _plain(TWO[name], operands, kernel, [kind] * 2)
     if name in ONE:

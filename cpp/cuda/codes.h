@@ -14,17 +14,21 @@ constexpr float whole_base = 0x1.8p23f;
 struct Coder {
   float s, z, low, high;
   float inverse;  // 1 / s, rounded
+  bool clamps;    // whether codes of what s was made for can be past low or high
 
-  FEWBIT_DEVICE Coder(float s, float z, float low, float high)
+  FEWBIT_DEVICE Coder(float s, float z, float low, float high, bool clamps = true)
       // A subnormal inverse is not exact enough, nor do codes far from 0 fit; a NaN is never sure.
       : s(s),
         z(z),
         low(low),
         high(high),
-        inverse(fabsf(s) <= 0x1p125f && fabsf(z) <= 255.0f ? 1.0f / s : float_of(0x7FC00000u)) {}
+        inverse(fabsf(s) <= 0x1p125f && fabsf(z) <= 255.0f ? 1.0f / s : float_of(0x7FC00000u)),
+        clamps(clamps) {}
   FEWBIT_DEVICE explicit Coder(const Step& g) : Coder(g.s, g.z, 0.0f, g.qmax) {}
-  FEWBIT_DEVICE Coder(const TokenStep& g, const TokenGrid& grid)
-      : Coder(g.s, g.z, grid.least(), grid.top()) {}
+  // fitted: to the row at hand, whose largest |v| is then s top but for a rounding of s.
+  FEWBIT_DEVICE Coder(const TokenStep& g, const TokenGrid& grid, bool fitted)
+      : Coder(g.s, g.z, grid.least(), grid.top(),
+              !(fitted && grid.symmetric && !(grid.clip > 0.0f))) {}
 
   FEWBIT_DEVICE float by_division(float v) const {
     const float q = round_even(v / s) + z;
@@ -47,7 +51,12 @@ struct Coder {
     for (int j = 0; j < V; ++j) {
       const float t = fmaf(v[j], inverse, base);
       sure &= fabsf(fmaf(v[j], inverse, base - t)) < 0.5f - 0x1p-13f;
-      code[j] = fminf(fmaxf(t, whole_base + low), whole_base + high);
+      code[j] = t;
+    }
+    if (clamps) {
+#pragma unroll
+      for (int j = 0; j < V; ++j)
+        code[j] = fminf(fmaxf(code[j], whole_base + low), whole_base + high);
     }
     if (sure) return;
 #pragma unroll

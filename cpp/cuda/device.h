@@ -146,7 +146,9 @@ struct Most {
 // Over `lanes` neighbours of a warp, a power of two; every lane gets the same bits.
 template <class F>
 FEWBIT_DEVICE float reduce_lanes(float v, int lanes, F f) {
-  for (int d = lanes / 2; d > 0; d /= 2) v = f(v, __shfl_xor_sync(full_warp, v, d));
+#pragma unroll
+  for (int d = warp_size / 2; d > 0; d /= 2)
+    if (d < lanes) v = f(v, __shfl_xor_sync(full_warp, v, d));
   return v;
 }
 

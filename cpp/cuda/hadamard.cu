@@ -247,7 +247,7 @@ FEWBIT_DEVICE void hadamard_row(const HadamardLaunch& launch, int64_t row, float
     const auto quantize = [&](auto v, auto held) {
       Row<decltype(v)::value, decltype(held)::value, decltype(value)> of_row(width, value);
       const TokenStep step = of_row.fit(a.grid);
-      of_row.quantize(Coder(step, a.grid), a.q + row * width,
+      of_row.quantize(Coder(step, a.grid, true), a.q + row * width,
                       a.words ? a.words + row * (width / 8) : nullptr);
       if (threadIdx.x == 0) a.code_scale[row] = step.s;
     };

@@ -10,24 +10,29 @@ __global__ void __launch_bounds__(row_threads, 1) norm_quantize(NormQuantize a) 
   const T* in = static_cast<const T*>(a.x) + m * n;
   const auto value = [=](int64_t k, float (&v)[V]) { load_floats<access>(in + k, v); };
   Row<V, held, decltype(value)> x(n, value);
-  const auto mean_of = [&](const auto& f) {
+  const auto mean_of = [&](auto& row, const auto& f) {
     float total = 0.0f;
-    x.each([&](int64_t, const float (&v)[V]) {
+    row.each([&](int64_t, const float (&v)[V]) {
 #pragma unroll
       for (int j = 0; j < V; ++j) total += f(v[j]);
     });
     return reduce_block(total, Sum()) / float(n);
   };
-  const float mean = a.rms ? 0.0f : mean_of([](float v) { return v; });
-  const float square = mean_of([&](float v) { return (v - mean) * (v - mean); });
-  const float r = 1.0f / sqrtf(square + a.eps);
+  const bool centred = !a.rms;
+  const float mean = centred ? mean_of(x, [](float v) { return v; }) : 0.0f;
+  auto d = x.then([=](int64_t, float (&v)[V]) {
+    if (!centred) return;
+#pragma unroll
+    for (int j = 0; j < V; ++j) v[j] -= mean;
+  });
+  const float r = 1.0f / sqrtf(mean_of(d, [](float v) { return v * v; }) + a.eps);
   const float *weight = a.weight, *bias = a.bias;
   constexpr int floats = access > 1 ? 4 : 1;
-  auto y = x.then([=](int64_t k, float (&v)[V]) {
+  auto y = d.then([=](int64_t k, float (&v)[V]) {
     float by[V];
     load_floats<floats>(weight + k, by);
 #pragma unroll
-    for (int j = 0; j < V; ++j) v[j] = (v[j] - mean) * r * by[j];
+    for (int j = 0; j < V; ++j) v[j] = v[j] * r * by[j];
     if (bias == nullptr) return;
     load_floats<floats>(bias + k, by);
 #pragma unroll
@@ -35,7 +40,7 @@ __global__ void __launch_bounds__(row_threads, 1) norm_quantize(NormQuantize a) 
   });
   const TokenGrid grid{a.symmetric};
   const TokenStep step = y.fit(grid);
-  y.quantize(Coder(step, grid), a.q + m * n, nullptr);
+  y.quantize(Coder(step, grid, true), a.q + m * n, nullptr);
   if (threadIdx.x == 0) {
     a.scale[m] = step.s;
     a.zero_point[m] = int32_t(step.z);

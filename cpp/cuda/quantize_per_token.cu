@@ -9,15 +9,16 @@ __global__ void __launch_bounds__(row_threads, 1) quantize_per_token(QuantizePer
   const T* x = static_cast<const T*>(a.x) + m * a.columns;
   const auto value = [=](int64_t k, float (&v)[V]) {
     load_floats<access>(x + k, v);
+    if (a.skip == nullptr) return;
 #pragma unroll
     for (int j = 0; j < V; ++j)
-      if (a.skip && a.skip[k + j]) v[j] *= 0.0f;  // an infinity still shows
+      if (a.skip[k + j]) v[j] *= 0.0f;  // an infinity still shows
   };
   Row<V, held, decltype(value)> row(a.columns, value);
   TokenStep step = row.fit(a.grid);
-  if (a.fixed_scale && step.s == step.s)
-    step = {*a.fixed_scale, a.fixed_zero ? float(*a.fixed_zero) : 0.0f};
-  row.quantize(Coder(step, a.grid), a.q + m * a.columns,
+  const bool fitted = !(a.fixed_scale && step.s == step.s);
+  if (!fitted) step = {*a.fixed_scale, a.fixed_zero ? float(*a.fixed_zero) : 0.0f};
+  row.quantize(Coder(step, a.grid, fitted), a.q + m * a.columns,
                a.words ? a.words + m * (a.columns / 8) : nullptr);
   if (threadIdx.x == 0) {
     a.scale[m] = step.s;

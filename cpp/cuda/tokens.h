@@ -7,6 +7,45 @@ namespace fewbit::cuda {
 constexpr int row_held = 4;  // accesses of a thread that stay in registers
 constexpr unsigned row_threads = 512;
 
+// What a thread has seen of its row.
+struct Seen {
+  float most[2] = {0.0f, 0.0f};  // of |v|, and 0; or, where the grid is not symmetric, of -v and v
+  bool finite = true;
+
+  FEWBIT_DEVICE void add(float v, float& most) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+    asm("max.NaN.f32 %0, %0, %1;" : "+f"(most) : "f"(v));
+#else
+    most = fmaxf(most, v);
+    finite &= fabsf(v) <= 3.4028235e38f;
+#endif
+  }
+  template <int V>
+  FEWBIT_DEVICE void add(const float (&v)[V], bool symmetric) {
+    if (symmetric) {
+#pragma unroll
+      for (int j = 0; j < V; ++j) add(fabsf(v[j]), most[0]);
+    } else {
+#pragma unroll
+      for (int j = 0; j < V; ++j) {
+        most[0] = fmaxf(most[0], -v[j]);
+        add(v[j], most[1]);
+      }
+    }
+  }
+
+  // Of the row that the block has; every thread gets the same bits.
+  FEWBIT_DEVICE TokenStep step(TokenGrid grid) {
+    constexpr float largest = 3.4028235e38f;
+    if (!(finite && most[0] <= largest && most[1] <= largest)) most[0] = __builtin_inff();
+    if (grid.symmetric)
+      most[0] = reduce_block(most[0], Most());
+    else
+      reduce_block(most, Most());
+    return token_step(-most[0], most[1], most[0] <= largest, grid);
+  }
+};
+
 // A row in accesses of V elements; load(k, v) fills v with elements k .. k + V - 1. Rows of at most
 // `held` accesses a thread stay in registers; longer ones (held = 0) are loaded at each look.
 template <int V, int held, class Load>
@@ -26,7 +65,7 @@ struct Row {
 #pragma unroll
       for (int h = 0; h < held; ++h) {
         const int k = (int(threadIdx.x) + h * int(blockDim.x)) * V;
-        if (k < columns) f(k, v[h]);
+        if (k < int(columns)) f(k, v[h]);
       }
     } else {
 #pragma unroll 1
@@ -55,19 +94,9 @@ struct Row {
   }
 
   FEWBIT_DEVICE TokenStep fit(TokenGrid grid) {
-    float most[3] = {0.0f, 0.0f, 0.0f};  // of -v, of v, and whether some are not finite
-    bool finite = true;
-    each([&](int64_t, const float (&w)[V]) {
-#pragma unroll
-      for (int j = 0; j < V; ++j) {
-        most[0] = fmaxf(most[0], -w[j]);
-        most[1] = fmaxf(most[1], w[j]);
-        finite &= fabsf(w[j]) <= 3.4028235e38f;
-      }
-    });
-    most[2] = finite ? 0.0f : 1.0f;
-    reduce_block(most, Most());
-    return token_step(-most[0], most[1], most[2] == 0.0f, grid);
+    Seen seen;
+    each([&](int64_t, const float (&w)[V]) { seen.add(w, grid.symmetric); });
+    return seen.step(grid);
   }
 
   // To q; or, where they are given, to words of eight 4-bit codes, V being 8.
@@ -116,7 +145,7 @@ auto with_row(int64_t columns, bool aligned, const F& f) {
   return with_held(eight, std::integral_constant<int, 16 / int(sizeof(T))>());
 }
 inline unsigned row_block(int64_t columns, int v) {
-  return threads_for(ceil_div(columns, 2 * v), row_threads);
+  return threads_for(ceil_div(columns, row_held * v), row_threads);
 }
 
 }  // namespace fewbit::cuda
