@@ -1,6 +1,7 @@
 // Prints the index maps of the CUDA kernels for tests/test_cuda_build.py: "name key.. = value..".
 #include <stdio.h>
 
+#include "../cpp/cuda/hadamard_base.h"
 #include "../cpp/cuda/product.h"
 
 using namespace fewbit;

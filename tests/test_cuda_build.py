@@ -196,8 +196,8 @@ def test_blocks_fit_every_card(maps):
 # Kernels that read rows by 16 bytes an access. Others take a word or a channel a thread, so that a
 # warp reads whole lines.
 READ_WIDE = (
-    "product_bfloat", "gemv", "product_codes", "product_half", "pseudo_quantize", "quantize",
-    "quantize_per_token", "scaled_error",
+    "product_bfloat", "gemv", "hadamard", "norm_quantize", "product_codes", "product_half",
+    "pseudo_quantize", "quantize", "quantize_per_token", "scaled_error",
 )  # fmt: skip
 
 
@@ -247,7 +247,7 @@ def check_instructions(architecture, cubins):
     for name in READ_WIDE[1:] if architecture == 75 else READ_WIDE:  # no bfloat16 there
         wide = ("LDG.E.128", "LDGSTS.E.BYPASS.128", "LDGSTS.E.BYPASS.LTC128B.128")
         assert any(i.startswith(wide) for i in found[name]), (name, "no 16-byte loads")
-    for name in ("pseudo_quantize", "dequantize", "dense_packed", "scaled_error"):
+    for name in ("pseudo_quantize", "dequantize", "dense_packed", "hadamard", "scaled_error"):
         assert any(i.startswith("STG.E.128") for i in found[name]), (name, "no 16-byte stores")
 
 

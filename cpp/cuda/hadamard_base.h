@@ -5,11 +5,14 @@
 // two to what halves hold best, z s = high + rest. Products with signs are exact, sums are float32
 // (which tensor cores cut off, not round), and both parts go into the same sum.
 #pragma once
+#include "hadamard_rows.h"
 #include "mma.h"
 
 namespace fewbit::cuda {
 
-constexpr int base_tiles = 4;  // of 16 outputs that a warp has at once: z is read for all of them
+// Of 16 outputs and of 8 columns: what a warp has at once, so that z is read for all of the outputs
+// and signs are taken from masks for all of the columns.
+constexpr int base_tiles = 6, base_columns = 2;
 
 FEWBIT_ALWAYS_INLINE int tiles_of(int m) { return (m + 15) / 16; }
 // Words of the masks: 16 signs each, of every output for every tile of inputs.
@@ -52,46 +55,47 @@ FEWBIT_DEVICE uint32_t two_halves(float v) {
   return high.bits | uint32_t(rest.bits) << 16;
 }
 
-// From z, two_halves at shared_place of each value, n a power of two from 32 on (16 rows of z are
-// then whole periods of shared_place). put(e, sums) takes two neighbours; in place, all warps that
-// read a column have done so before.
+// From z [m, 2^k], two_halves at shared_place of each value, k at least 5. put(e, f, sums) takes
+// the two neighbours at e ^ f, e being the same for all of a column; in place, all warps that read
+// a column have done so before.
 template <int level, bool in_place, class Put>
-FEWBIT_DEVICE void base_on_tensor_cores(int m, int n, const uint32_t* masks, const uint32_t* z,
+FEWBIT_DEVICE void base_on_tensor_cores(int m, int k, const uint32_t* masks, const uint32_t* z,
                                         const Put& put) {
   const int lane = int(threadIdx.x) % warp_size, g = lane / 4, t = lane % 4;
   const int warp = int(threadIdx.x) / warp_size, warps = int(blockDim.x) / warp_size;
   const int tiles = tiles_of(m), outputs = 16 * tiles;
   const int chunks = (tiles + base_tiles - 1) / base_tiles, slots = warps / chunks;
-  const int chunk = warp % chunks;
+  const int slot = warp / chunks, first_tile = (warp - slot * chunks) * base_tiles;
+  int by[4];  // from row 2 t of a tile of inputs to rows 2 t, 2 t + 1, 2 t + 8 and 2 t + 9
+#pragma unroll
+  for (int j = 0; j < 4; ++j) by[j] = shared_place((j % 2 + 8 * (j / 2)) << k);
 #pragma unroll 1
-  for (int first = 0; first < n / 8; first += slots) {
-    const int column = first + warp / chunks;  // tile of eight columns
-    const bool works = warp < slots * chunks && column < n / 8;
-    float sum[base_tiles][4] = {};
+  for (int first = 0; first << 4 < 1 << k; first += slots) {
+    const int column = (first + slot) * 8 * base_columns;
+    const bool works = slot < slots && column < 1 << k;
+    float sum[base_tiles][base_columns][4] = {};
     if (works) {
-      const uint32_t* from[4];
-      int row[4];
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        row[j] = 2 * t + j % 2 + 8 * (j / 2);
-        from[j] = z + shared_place(row[j] * n + column * 8 + g);
-      }
+      const int at = shared_place(2 * t << k | column | g);
+      const uint32_t* mask = masks + first_tile * 16 + g;
 #pragma unroll 1
-      for (int k = 0; k < tiles; ++k) {
-        uint32_t word[4];
+      for (int tile = 0; tile < tiles; ++tile) {
+        const int here = at ^ shared_place(tile * 16 << k), left = m - 2 * t - tile * 16;
+        uint32_t high[base_columns][2], rest[base_columns][2];
 #pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          word[j] = k * 16 + row[j] < m ? *from[j] : 0u;
-          from[j] += 16 * n;
+        for (int c = 0; c < base_columns; ++c) {
+          uint32_t word[4];
+#pragma unroll
+          for (int j = 0; j < 4; ++j)
+            word[j] = left > j % 2 + 8 * (j / 2) ? z[here ^ by[j] ^ shared_place(8 * c)] : 0u;
+#pragma unroll
+          for (int j = 0; j < 2; ++j) {
+            high[c][j] = __byte_perm(word[2 * j], word[2 * j + 1], 0x5410);
+            rest[c][j] = __byte_perm(word[2 * j], word[2 * j + 1], 0x7632);
+          }
         }
-        const uint32_t high[2] = {__byte_perm(word[0], word[1], 0x5410),
-                                  __byte_perm(word[2], word[3], 0x5410)};
-        const uint32_t rest[2] = {__byte_perm(word[0], word[1], 0x7632),
-                                  __byte_perm(word[2], word[3], 0x7632)};
-        const uint32_t* const mask = masks + k * outputs + chunk * base_tiles * 16 + g;
 #pragma unroll
         for (int i = 0; i < base_tiles; ++i) {
-          if (chunk * base_tiles + i >= tiles) break;
+          if (first_tile + i >= tiles) break;
           uint32_t a[4];
 #pragma unroll
           for (int h = 0; h < 2; ++h) {
@@ -99,19 +103,28 @@ FEWBIT_DEVICE void base_on_tensor_cores(int m, int n, const uint32_t* masks, con
             a[h] = (signs & 0x80008000u) | 0x3C003C00u;
             a[h + 2] = (signs << 4 & 0x80008000u) | 0x3C003C00u;
           }
-          multiply<level, Half>(sum[i], a, high);
-          multiply<level, Half>(sum[i], a, rest);
+#pragma unroll
+          for (int c = 0; c < base_columns; ++c) {
+            multiply<level, Half>(sum[i][c], a, high[c]);
+            multiply<level, Half>(sum[i][c], a, rest[c]);
+          }
         }
+        mask += outputs;
       }
     }
     if constexpr (in_place) __syncthreads();
     if (!works) continue;
+    const int e = g << k | column | 2 * t;
 #pragma unroll
     for (int i = 0; i < base_tiles; ++i)
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        const int o = (chunk * base_tiles + i) * 16 + h * 8 + g;
-        if (o < m) put(o * n + column * 8 + 2 * t, {sum[i][2 * h], sum[i][2 * h + 1]});
+        const int o = (first_tile + i) * 16 + h * 8;
+        if (o + g < m) {
+#pragma unroll
+          for (int c = 0; c < base_columns; ++c)
+            put(e, o << k | 8 * c, {sum[i][c][2 * h], sum[i][c][2 * h + 1]});
+        }
       }
   }
 }

@@ -39,12 +39,6 @@ FEWBIT_ALWAYS_INLINE Cell c32(int lane, int e) {
   return {lane / 4 + 8 * (e / 2), lane % 4 * 2 + e % 2};
 }
 
-// Hadamard: where value e of the row lies in shared memory: neighbours of 16 bytes stay together,
-// the stretches of 16 values that lanes own in the first pass start on different banks, and so do
-// the values that they take 16 apart in the second. Bits of e that differ from those of f may be
-// looked at alone: shared_place(e ^ f) = shared_place(e) ^ shared_place(f).
-FEWBIT_ALWAYS_INLINE int shared_place(int e) { return e ^ (e >> 5 & 3) << 2 ^ (e >> 8 & 1) << 4; }
-
 // What x is made of where it holds 4-bit codes, eight to a word.
 struct Int4 {};
 template <class X>

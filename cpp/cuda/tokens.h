@@ -34,17 +34,39 @@ struct Seen {
     }
   }
 
-  // Of the row that the block has; every thread gets the same bits.
-  FEWBIT_DEVICE TokenStep step(TokenGrid grid) {
+  // Of a row that the block has, or so many lanes; they all get the same bits.
+  FEWBIT_DEVICE TokenStep step(TokenGrid grid, int lanes = 0) {
     constexpr float largest = 3.4028235e38f;
     if (!(finite && most[0] <= largest && most[1] <= largest)) most[0] = __builtin_inff();
-    if (grid.symmetric)
+    if (lanes > 0) {
+#pragma unroll
+      for (float& m : most) m = reduce_lanes(m, lanes, Most());
+    } else if (grid.symmetric) {
       most[0] = reduce_block(most[0], Most());
-    else
+    } else {
       reduce_block(most, Most());
+    }
     return token_step(-most[0], most[1], most[0] <= largest, grid);
   }
 };
+
+// Codes of elements k .. k + V - 1 to q; or, where they are given, to words of eight 4-bit codes, V
+// being 8.
+template <int V>
+FEWBIT_DEVICE void put_codes(const Coder& coder, const float (&w)[V], int64_t k, int8_t* q,
+                             uint32_t* words) {
+  float code[V];
+  coder.shifted_codes(w, code);
+  const Vector<int8_t, V> bytes = bytes_of<int8_t>(code);
+  if constexpr (V == 8) {
+    if (words) {
+      const auto fours = __builtin_bit_cast(uint2, bytes);
+      words[k / 8] = word_of_fours(fours.x, fours.y);
+      return;
+    }
+  }
+  store(q + k, bytes);
+}
 
 // A row in accesses of V elements; load(k, v) fills v with elements k .. k + V - 1. Rows of at most
 // `held` accesses a thread stay in registers; longer ones (held = 0) are loaded at each look.
@@ -99,21 +121,9 @@ struct Row {
     return seen.step(grid);
   }
 
-  // To q; or, where they are given, to words of eight 4-bit codes, V being 8.
+  // As put_codes does.
   FEWBIT_DEVICE void quantize(const Coder& coder, int8_t* q, uint32_t* words) {
-    each([&](int64_t k, const float (&w)[V]) {
-      float code[V];
-      coder.shifted_codes(w, code);
-      const Vector<int8_t, V> bytes = bytes_of<int8_t>(code);
-      if constexpr (V == 8) {
-        if (words) {
-          const auto fours = __builtin_bit_cast(uint2, bytes);
-          words[k / 8] = word_of_fours(fours.x, fours.y);
-          return;
-        }
-      }
-      store(q + k, bytes);
-    });
+    each([&](int64_t k, const float (&w)[V]) { put_codes(coder, w, k, q, words); });
   }
 };
 
