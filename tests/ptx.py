@@ -357,6 +357,16 @@ def _permute(a, b, selector):
     return result
 
 
+def _logic(table: int, a, b, c):
+    """lop3: bit 4 a + 2 b + c of the table, for each bit of the operands."""
+    result = np.zeros(np.broadcast(a, b, c).shape, np.uint32)
+    for row in range(8):
+        if table >> row & 1:
+            given = [v if row >> place & 1 else ~v for v, place in ((a, 2), (b, 1), (c, 0))]
+            result |= given[0] & given[1] & given[2]
+    return result
+
+
 def _insert(field_, into, start, length):
     """bfi: ``length`` low bits of a field at bit ``start`` of a value."""
     kind = into.dtype.type
@@ -386,6 +396,14 @@ def _halves(operation, a, b):
     pair = [np.ascontiguousarray(np.broadcast_to(v, np.broadcast(a, b).shape)) for v in (a, b)]
     left, right = (v.view(np.float16).astype(np.float32) for v in pair)
     return operation(left, right).astype(np.float16).view(np.uint32)
+
+
+def _halves_multiply_add(a, b, c):
+    """Rounded once: products and sums of halves that a half can show are exact in float64."""
+    shape = np.broadcast(a, b, c).shape
+    a, b, c = (np.ascontiguousarray(np.broadcast_to(v, shape)).view(np.float16).astype(np.float64)
+               for v in (a, b, c))  # fmt: skip
+    return (a * b + c).astype(np.float16).view(np.uint32)
 
 
 TWO = {"add": np.add, "sub": np.subtract, "div": _divide, "rem": _remainder,
@@ -431,6 +449,8 @@ def _compile(one: Instruction, kernel: Kernel):
     if name == "cvt":
         source, convert = _convert(parts)
         return _plain(convert, operands, kernel, [source])
+    if one.opcode == "fma.rn.f16x2":
+        return _plain(_halves_multiply_add, operands, kernel, [np.uint32] * 3)
     if parts[-1] == "f16x2" and name in ("add", "sub"):
         return _plain(partial(_halves, TWO[name]), operands, kernel, [np.uint32] * 2)
     if name in ("shl", "shr"):
@@ -447,6 +467,8 @@ def _compile(one: Instruction, kernel: Kernel):
         return _plain(_multiply_add, operands, kernel, [kind] * 3)
     if name == "prmt" and len(parts) == 2:
         return _plain(_permute, operands, kernel, [np.uint32] * 3)
+    if name == "lop3":
+        return _plain(partial(_logic, int(operands[4], 0)), operands[:4], kernel, [np.uint32] * 3)
     if name == "bfi":
         return _plain(_insert, operands, kernel, [kind, kind, np.uint32, np.uint32])
     if name == "dp4a" and parts[1:] == ["s32", "s32"]:

@@ -189,6 +189,34 @@ FEWBIT_DEVICE int32_t add_codes(const uint32_t (&x)[2], int32_t sum) {
   return sum;
 }
 
+// (a & mask) | bits, said as the one instruction that it is: the compiler would take it apart to
+// share what is half of one.
+FEWBIT_DEVICE uint32_t and_or(uint32_t a, uint32_t mask, uint32_t bits) {
+#if defined(__CUDACC__)
+  uint32_t r;
+  asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(r) : "r"(a), "r"(mask), "r"(bits));
+  return r;
+#else
+  return (a & mask) | bits;
+#endif
+}
+
+// Both halves apart: a b + c, rounded once.
+FEWBIT_DEVICE uint32_t multiply_add_half2(uint32_t a, uint32_t b, uint32_t c) {
+#if defined(__CUDACC__)
+  uint32_t r;
+  asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(c));
+  return r;
+#else
+  Half part[2];  // products and sums of halves are exact in double but for what no half shows
+  for (int i = 0; i < 2; ++i) {
+    const auto of = [&](uint32_t v) { return double(to_float(Half{uint16_t(v >> 16 * i)})); };
+    from_float(float(of(a) * of(b) + of(c)), &part[i]);
+  }
+  return part[0].bits | uint32_t(part[1].bits) << 16;
+#endif
+}
+
 // Both halves apart: a - b.
 FEWBIT_DEVICE uint32_t subtract_half2(uint32_t a, uint32_t b) {
 #if defined(__CUDACC__)

@@ -40,9 +40,11 @@ struct Shape {
   static constexpr int lane_words = lane_columns * bits / 32;
   static constexpr int chunk = fours ? 16 : 8;   // columns that meet one product or two of halves
   static constexpr int step = 4 * lane_columns;  // columns that a warp takes at once
-  static constexpr int slab = fours ? 128 : step < 64 ? 64 : step;  // columns per stage
+  // Columns per stage: as many as registers and shared memory have room for.
+  static constexpr bool long_slabs = tiles == 1 && bits == 4 && !fours;
+  static constexpr int slab = fours || long_slabs || step > 64 ? 128 : 64;
   static constexpr int steps = slab / step;
-  static constexpr int stages = level < 80 ? 2 : tiles > 1 ? 3 : 4;
+  static constexpr int stages = level < 80 ? 2 : tiles > 1 || long_slabs ? 3 : 4;
   static constexpr int row_bytes = slab * x_bits / 8, step_bytes = step * x_bits / 8;
   // Rows of x in shared memory, apart so that the lanes of one access hit different banks.
   static constexpr int pitch =
@@ -131,12 +133,45 @@ FEWBIT_DEVICE uint32_t quad_of_row(const Words (&w)[lane_words], int i, int j) {
   }
 }
 
-// q - z of bytes 0, 2 (or, shifted, 1, 3) of a quad as two halves or bfloat16, exact: 0x6400 is
-// 1024 in half, whose last bit is worth 1.
+// Codes to halves: a code in the low bits of 0x6400, which is 1024 and whose last bit is worth 1,
+// less 1024 + z; one that lies s bits higher is worth 2^s times as much and is not shifted down:
+// (1024 + 2^s q) 2^-s - (1024 2^-s + z). All of it is exact.
 constexpr uint32_t half_1024 = 0x64006400u;
-template <class X>
-FEWBIT_DEVICE uint32_t centred(uint32_t quad, uint32_t zero) {
-  const uint32_t two = subtract_half2((quad & 0x00FF00FFu) | half_1024, zero);
+FEWBIT_ALWAYS_INLINE uint32_t half_twice(int exponent, int mantissa = 0) {
+  return uint32_t((15 + exponent) << 10 | mantissa) * 0x00010001u;
+}
+// Quads of a word that a mask finds where they lie: all of those of 2 and 4 bits.
+template <int bits>
+constexpr int quads_in_word = bits == 2 || bits == 4 ? 8 / bits : 1;
+
+// The zero point of a row, for each such quad.
+template <int bits>
+struct Zero {
+  uint32_t of[quads_in_word<bits>];
+
+  FEWBIT_DEVICE void set(uint8_t z) {
+    const uint32_t low = half_1024 | z | uint32_t(z) << 16;
+    of[0] = low;
+#pragma unroll
+    for (int j = 1; j < quads_in_word<bits>; ++j)  // (1024 - 1024 2^-s) - (1024 + z)
+      of[j] = subtract_half2(half_twice(9, 1024 - (2048 >> bits * j)), low);
+  }
+};
+
+// q - z of columns 0, 2 (or, `odd`, 1, 3) of quad j of row i of the four, two halves or bfloat16.
+template <class X, int bits, int lane_words>
+FEWBIT_DEVICE uint32_t centred(const Words (&w)[lane_words], int i, int j, int odd,
+                               const Zero<bits>& zero) {
+  uint32_t two;
+  if constexpr (quads_in_word<bits> > 1) {
+    const int s = bits * j;
+    two = and_or(w[0].v[i] >> 8 * odd, ((0x00010001u << bits) - 0x00010001u) << s, half_1024);
+    two = j == 0 ? subtract_half2(two, zero.of[0])
+                 : multiply_add_half2(two, half_twice(-s), zero.of[j]);
+  } else {
+    const uint32_t quad = quad_of_row<bits>(w, i, j);
+    two = subtract_half2(and_or(quad >> 8 * odd, 0x00FF00FFu, half_1024), zero.of[0]);
+  }
   if constexpr (std::is_same_v<X, BFloat16>) return half2_to_bfloat2(two);
   return two;
 }
@@ -332,7 +367,7 @@ FEWBIT_DEVICE void product_run(const PackedProduct& a, const Work& work, const R
   float total[single ? 1 : tiles][4][4] = {};
   Sum sum[tiles][4][4] = {};
   int32_t x_sum[tiles][2] = {};  // of codes over the group so far, this lane's columns
-  uint32_t zero[4] = {};
+  Zero<bits> zero[4] = {};
   RawScales scales = {};
   // The group's sums of codes less what zero points add, in place.
   const auto centre = [&](int group) {
@@ -380,7 +415,8 @@ FEWBIT_DEVICE void product_run(const PackedProduct& a, const Work& work, const R
             Sum& v = sum[mt][i][2 * h + e];
             float& to = total[mt][i][2 * h + e];
             // Exact parts have one group: the total is still 0, and bits are kept as they are.
-            to = S::integer && exact && !run.whole ? scaled(v, i, e) : to + scaled(v, i, e);
+            to = S::integer && exact && !run.whole ? scaled(v, i, e)
+                                                   : fmaf(float(v), by[4 * e + i], to);
             v = 0;
           }
   };
@@ -407,7 +443,7 @@ FEWBIT_DEVICE void product_run(const PackedProduct& a, const Work& work, const R
             const Vector<uint8_t, 4> z =
                 load<4>(a.zero_point + in_zero + int64_t(group) * panel_rows);
 #pragma unroll
-            for (int i = 0; i < 4; ++i) zero[i] = half_1024 | z.v[i] | uint32_t(z.v[i]) << 16;
+            for (int i = 0; i < 4; ++i) zero[i].set(z.v[i]);
           }
         }
       }
@@ -448,9 +484,8 @@ FEWBIT_DEVICE void product_run(const PackedProduct& a, const Work& work, const R
           } else {
 #pragma unroll
             for (int j = 0; j < 2; ++j) {
-              const uint32_t quad = quad_of_row<bits>(step_words, i, 2 * part + j);
-              // Columns 0, 2 of the quad, then 1, 3.
-              const uint32_t right[2] = {centred<X>(quad, zero[i]), centred<X>(quad >> 8, zero[i])};
+              const uint32_t right[2] = {centred<X, bits>(step_words, i, 2 * part + j, 0, zero[i]),
+                                         centred<X, bits>(step_words, i, 2 * part + j, 1, zero[i])};
 #pragma unroll
               for (int mt = 0; mt < tiles; ++mt) {
                 const uint32_t *p = left[mt][0].v + 2 * j, *q = left[mt][1].v + 2 * j;
