@@ -5,7 +5,7 @@
 namespace fewbit::cuda {
 
 constexpr int group_threads = 256;
-constexpr int held = 2;  // accesses of a lane that stay in registers: what a team reads once
+constexpr int held = 4;  // accesses of a lane that stay in registers: what a team reads once
 
 // An op on groups, and how they are shared out.
 template <class Args>
@@ -19,7 +19,8 @@ struct Groups {
 template <class Args>
 Groups<Args> groups_of(const Args& a, int v, int accesses = held) {
   const int64_t in_row = ceil_div(a.columns, a.group_size);
-  int log_lanes = 0;
+  // Two lanes at least, where there is work for them: together they access a sector of 32 bytes.
+  int log_lanes = v < a.group_size ? 1 : 0;
   while (warp_size >> log_lanes > 1 && (int64_t(v) * accesses << log_lanes) < a.group_size)
     ++log_lanes;
   return {a, a.rows * in_row, in_row, log_lanes, in_row * a.group_size == a.columns};
