@@ -30,12 +30,6 @@ struct Coder {
       : Coder(g.s, g.z, grid.least(), grid.top(),
               !(fitted && grid.symmetric && !(grid.clip > 0.0f))) {}
 
-  FEWBIT_DEVICE float by_division(float v) const {
-    const float q = round_even(v / s) + z;
-    const float up = q > low ? q : low;  // a NaN becomes the least code
-    return up < high ? up : high;
-  }
-
   // whole_base + the codes of V numbers.
   //
   // One multiply-add rounds v inverse + z. inverse is off 1 / s by 2^-24 of itself at most, and
@@ -60,7 +54,7 @@ struct Coder {
     }
     if (sure) return;
 #pragma unroll
-    for (int j = 0; j < V; ++j) code[j] = whole_base + by_division(v[j]);
+    for (int j = 0; j < V; ++j) code[j] = whole_base + code_of(v[j], s, z, low, high);
   }
 
   // q of one number.

@@ -9,8 +9,8 @@ file(GLOB cuda_sources CONFIGURE_DEPENDS ${CMAKE_CURRENT_LIST_DIR}/*.cu)
 if(FEWBIT_CUDA STREQUAL "EMULATE")
   add_library(fewbit_cuda OBJECT ${cuda_sources} ${CMAKE_CURRENT_LIST_DIR}/emulate.cpp)
   # Kernels are found by name (fewbit::cuda::Launch).
-  set_source_files_properties(${cuda_sources} PROPERTIES LANGUAGE CXX
-                                                         COMPILE_OPTIONS "-xc++;-O1;-fvisibility=default")
+  set_source_files_properties(
+    ${cuda_sources} PROPERTIES LANGUAGE CXX COMPILE_OPTIONS "-xc++;-O1;-fvisibility=default")
   target_link_libraries(fewbit_cuda PRIVATE fewbit_options)
   # Pragmas are nvcc's; a fiber's jump is not one out of a frame.
   target_compile_options(fewbit_cuda PRIVATE -Wno-unknown-pragmas -U_FORTIFY_SOURCE)

@@ -22,7 +22,7 @@ __global__ void __launch_bounds__(dense_threads, 1) dense_packed(DensePacked a) 
   const UnitSpan span = unit_span(l, u);
   T* out = static_cast<T*>(a.out) + row * l.columns + span.start;
   // Sixteen bytes at a time where the unit is whole and lies so.
-  constexpr int v = columns * int(sizeof(T)) >= 16 ? 16 / int(sizeof(T)) : columns;
+  constexpr int v = columns < in_access<T> ? columns : in_access<T>;
   const bool vectors = span.n == columns && reinterpret_cast<uintptr_t>(out) % (v * sizeof(T)) == 0;
 #pragma unroll
   for (int i = 0; i < columns; i += v) {

@@ -23,15 +23,10 @@ const char* launch(const Dequantize& a, Place place) {
   if (a.rows == 0 || a.columns == 0) return nullptr;
   return with_type(a.dtype, [&](auto* type) {
     using T = element<decltype(type)>;
-    const auto run = [&](auto* kernel, int v) {
-      const auto g = groups_of(a, v);
-      return start(kernel, blocks_for(g), group_threads, 0, place, g);
-    };
-    constexpr int v = 16 / sizeof(T);
     // Codes are V bytes: aligned as far as the output is, relative to their own start.
-    if (wide<T>(a.columns, a.group_size, a.out) && reinterpret_cast<uintptr_t>(a.q) % v == 0)
-      return run(&dequantize<T, v>, v);
-    return run(&dequantize<T, 1>, 1);
+    const bool whole = wide<T>(a.columns, a.group_size, a.out) &&
+                       reinterpret_cast<uintptr_t>(a.q) % in_access<T> == 0;
+    return start_groups<T>(&dequantize<T, in_access<T>>, &dequantize<T, 1>, whole, a, place);
   });
 }
 

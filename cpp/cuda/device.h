@@ -74,6 +74,9 @@ template <class T, int V>
 struct alignas(sizeof(T) * V) Vector {
   T v[V];
 };
+// Elements of the longest access.
+template <class T>
+constexpr int in_access = 16 / int(sizeof(T));
 // The type of one access of so many bytes.
 template <int bytes>
 struct Whole;
@@ -103,6 +106,17 @@ FEWBIT_DEVICE Vector<T, V> load(const T* p) {
   using Access = typename Whole<int(sizeof(T)) * V>::type;
   return __builtin_bit_cast(Vector<T, V>, *reinterpret_cast<const Access*>(p));
 }
+// V elements at p, in accesses of `access` elements.
+template <int access, class T, int V>
+FEWBIT_DEVICE void load_floats(const T* p, float (&v)[V]) {
+#pragma unroll
+  for (int i = 0; i < V; i += access) {
+    const Vector<T, access> in = load<access>(p + i);
+#pragma unroll
+    for (int j = 0; j < access; ++j) v[i + j] = to_float(in.v[j]);
+  }
+}
+
 // To global memory. Long stores are said as one instruction: the compiler would store every element
 // as soon as it is there, where there is inline PTX in between.
 template <class T, int V>
@@ -128,7 +142,7 @@ FEWBIT_DEVICE void store(T* p, const Vector<T, V>& v) {
 // Elements of one 16-byte access where every row and group starts on one; else 1.
 template <class T>
 bool wide(int64_t columns, int64_t group_size, const void* p) {
-  constexpr int64_t n = 16 / sizeof(T);
+  constexpr int n = in_access<T>;
   return columns % n == 0 && group_size % n == 0 && reinterpret_cast<uintptr_t>(p) % 16 == 0;
 }
 

@@ -31,6 +31,14 @@ unsigned blocks_for(const Groups<Args>& g) {
   return unsigned(ceil_div(g.count, group_threads >> g.log_lanes));
 }
 
+// The kernel for accesses of 16 bytes, or that for single elements.
+template <class T, class Args>
+const char* start_groups(void (*whole)(Groups<Args>), void (*single)(Groups<Args>), bool is_whole,
+                         const Args& a, Place place, int accesses = held) {
+  const Groups<Args> g = groups_of(a, is_whole ? in_access<T> : 1, accesses);
+  return start(is_whole ? whole : single, blocks_for(g), group_threads, 0, place, g);
+}
+
 // Which group a thread works on. Teams past the last have no elements and no index: they are there
 // so that warps stay whole.
 struct Team {

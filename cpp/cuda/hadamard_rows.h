@@ -117,8 +117,6 @@ FEWBIT_DEVICE float flip(float v, int8_t sign) { return sign < 0 ? -v : v; }
 // The rows from `first` on that a block has.
 template <class T>
 struct BlockOfRows {
-  static constexpr int access = 16 / int(sizeof(T));
-
   const HadamardLaunch& launch;
   int64_t first;
   int end;     // values
@@ -146,7 +144,8 @@ struct BlockOfRows {
     const Own own(launch.pass[0]);
     const T* x = static_cast<const T*>(launch.a.x) + first * launch.a.width;
     if (whole && at_16(launch.a.x)) {
-      own.each_chunk(v, end, [&](float (&w)[chunk], int e) { load_floats<access>(x + e, w); });
+      own.each_chunk(v, end,
+                     [&](float (&w)[chunk], int e) { load_floats<in_access<T>>(x + e, w); });
     } else {
       own.each_chunk(v, end, [&](float (&w)[chunk], int e) {
 #pragma unroll
@@ -195,10 +194,10 @@ struct BlockOfRows {
     if (whole) {
       last().each_chunk(v, end, [&](const float (&w)[chunk], int e) {
 #pragma unroll
-        for (int r = 0; r < chunk; r += access) {
-          Vector<T, access> out;
+        for (int r = 0; r < chunk; r += in_access<T>) {
+          Vector<T, in_access<T>> out;
 #pragma unroll
-          for (int i = 0; i < access; ++i) from_float(w[r + i], &out.v[i]);
+          for (int i = 0; i < in_access<T>; ++i) from_float(w[r + i], &out.v[i]);
           store(y + e + r, out);
         }
       });

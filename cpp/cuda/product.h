@@ -240,12 +240,11 @@ FEWBIT_DEVICE void put_eight(const PackedProduct& a, const Work& w, const Run& r
   } else if (n < a.layout.rows) {
     const auto put_whole = [&](auto* out) {
       using T = element<decltype(out)>;
-      constexpr int in_access = 16 / int(sizeof(T));
 #pragma unroll
-      for (int i = 0; i < 8; i += in_access) {
-        Vector<T, in_access> part;
+      for (int i = 0; i < 8; i += in_access<T>) {
+        Vector<T, in_access<T>> part;
 #pragma unroll
-        for (int j = 0; j < in_access; ++j) from_float(y[i + j], &part.v[j]);
+        for (int j = 0; j < in_access<T>; ++j) from_float(y[i + j], &part.v[j]);
         store(out + at + i, part);
       }
     };

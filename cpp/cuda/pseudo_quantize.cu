@@ -20,14 +20,10 @@ const char* launch(const PseudoQuantize& a, Place place) {
   if (a.rows == 0 || a.columns == 0) return nullptr;
   return with_type(a.dtype, [&](auto* type) {
     using T = element<decltype(type)>;
-    const auto run = [&](auto* kernel, int v) {
-      const auto g = groups_of(a, v);
-      return start(kernel, blocks_for(g), group_threads, 0, place, g);
-    };
-    constexpr int v = 16 / sizeof(T);
-    if (wide<T>(a.columns, a.group_size, a.w) && wide<T>(a.columns, a.group_size, a.out))
-      return run(&pseudo_quantize<T, v>, v);
-    return run(&pseudo_quantize<T, 1>, 1);
+    const bool whole =
+        wide<T>(a.columns, a.group_size, a.w) && wide<T>(a.columns, a.group_size, a.out);
+    return start_groups<T>(&pseudo_quantize<T, in_access<T>>, &pseudo_quantize<T, 1>, whole, a,
+                           place);
   });
 }
 

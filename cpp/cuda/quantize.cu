@@ -23,13 +23,8 @@ const char* launch(const Quantize& a, Place place) {
   if (a.rows == 0 || a.columns == 0) return nullptr;
   return with_type(a.dtype, [&](auto* type) {
     using T = element<decltype(type)>;
-    const auto run = [&](auto* kernel, int v) {
-      const auto g = groups_of(a, v);
-      return start(kernel, blocks_for(g), group_threads, 0, place, g);
-    };
-    constexpr int v = 16 / sizeof(T);
-    if (wide<T>(a.columns, a.group_size, a.w)) return run(&quantize<T, v>, v);
-    return run(&quantize<T, 1>, 1);
+    const bool whole = wide<T>(a.columns, a.group_size, a.w);
+    return start_groups<T>(&quantize<T, in_access<T>>, &quantize<T, 1>, whole, a, place);
   });
 }
 

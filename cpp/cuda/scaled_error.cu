@@ -17,12 +17,7 @@ __global__ void __launch_bounds__(group_threads, 1) scaled_error(Groups<ScaledEr
     t.each<V>(0, [&](int64_t i) {
       const Vector<T, V> x = i == mine ? first : load<V>(w + i);
       float by[V], v[V];
-#pragma unroll
-      for (int j = 0; j < V; j += V < 4 ? 1 : 4) {
-        const Vector < float, V<4 ? 1 : 4> part = load < V<4 ? 1 : 4>(s + i + j);
-#pragma unroll
-        for (int l = 0; l < (V < 4 ? 1 : 4); ++l) by[j + l] = part.v[l];
-      }
+      load_floats<(V < 4 ? 1 : 4)>(s + i, by);
 #pragma unroll
       for (int j = 0; j < V; ++j) v[j] = to_float(x.v[j]);
       f(i, v, by);
@@ -60,15 +55,10 @@ const char* launch(const ScaledError& a, Place place) {
   if (a.rows == 0 || a.columns == 0 || a.count == 0) return nullptr;
   return with_type(a.dtype, [&](auto* type) {
     using T = element<decltype(type)>;
-    const auto run = [&](auto* kernel, int v) {
-      const auto g = groups_of(a, v, 1);
-      return start(kernel, blocks_for(g), group_threads, 0, place, g);
-    };
-    constexpr int v = 16 / sizeof(T);
-    if (wide<T>(a.columns, a.group_size, a.w) && wide<T>(a.columns, a.group_size, a.error) &&
-        reinterpret_cast<uintptr_t>(a.scale) % 16 == 0)
-      return run(&scaled_error<T, v>, v);
-    return run(&scaled_error<T, 1>, 1);
+    const bool whole = wide<T>(a.columns, a.group_size, a.w) &&
+                       wide<T>(a.columns, a.group_size, a.error) &&
+                       reinterpret_cast<uintptr_t>(a.scale) % 16 == 0;
+    return start_groups<T>(&scaled_error<T, in_access<T>>, &scaled_error<T, 1>, whole, a, place, 1);
   });
 }
 

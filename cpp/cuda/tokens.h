@@ -127,17 +127,6 @@ struct Row {
   }
 };
 
-// V elements at p, in accesses of `access` elements.
-template <int access, class T, int V>
-FEWBIT_DEVICE void load_floats(const T* p, float (&v)[V]) {
-#pragma unroll
-  for (int i = 0; i < V; i += access) {
-    const Vector<T, access> in = load<access>(p + i);
-#pragma unroll
-    for (int j = 0; j < access; ++j) v[i + j] = to_float(in.v[j]);
-  }
-}
-
 // f(V, access, held) with the constants for rows of type T at the `aligned` addresses or not; f
 // starts a kernel with row_block(columns, V) threads.
 template <class T, class F>
@@ -152,7 +141,7 @@ auto with_row(int64_t columns, bool aligned, const F& f) {
   constexpr std::integral_constant<int, 1> one;
   if (columns % 8 != 0) return with_held(one, one);
   if (!aligned) return with_held(eight, one);
-  return with_held(eight, std::integral_constant<int, 16 / int(sizeof(T))>());
+  return with_held(eight, std::integral_constant<int, in_access<T>>());
 }
 inline unsigned row_block(int64_t columns, int v) {
   return threads_for(ceil_div(columns, row_held * v), row_threads);

@@ -70,9 +70,7 @@ FEWBIT_ALWAYS_INLINE Step make_step(float lo, float hi, const Grid& grid) {
 }
 
 FEWBIT_ALWAYS_INLINE float code(float w, const Step& g) {
-  const float q = round_even(w / g.s) + g.z;
-  const float low = q > 0.0f ? q : 0.0f;  // a NaN becomes 0, in both forms
-  return low < g.qmax ? low : g.qmax;
+  return code_of(w, g.s, g.z, 0.0f, g.qmax);
 }
 
 }  // namespace fewbit

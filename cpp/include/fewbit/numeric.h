@@ -66,6 +66,12 @@ FEWBIT_ALWAYS_INLINE float round_even(float v) {
   return __builtin_nearbyintf(v);
 #endif
 }
+// clamp(round(v / s) + z, low, high); a NaN becomes low.
+FEWBIT_ALWAYS_INLINE float code_of(float v, float s, float z, float low, float high) {
+  const float q = round_even(v / s) + z;
+  const float up = q > low ? q : low;
+  return up < high ? up : high;
+}
 FEWBIT_ALWAYS_INLINE float abs_of(float v) { return float_of(bits_of(v) & 0x7FFFFFFFu); }
 
 }  // namespace fewbit

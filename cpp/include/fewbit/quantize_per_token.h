@@ -86,10 +86,7 @@ FEWBIT_ALWAYS_INLINE TokenStep token_step(float lo, float hi, bool finite, Token
 }
 
 FEWBIT_ALWAYS_INLINE int8_t token_code(float v, TokenStep step, TokenGrid grid) {
-  const float top = grid.top(), least = grid.least();
-  const float code = round_even(v / step.s) + step.z;
-  const float low = code > least ? code : least;  // a NaN becomes the least code
-  return int8_t(low < top ? low : top);
+  return int8_t(code_of(v, step.s, step.z, grid.least(), grid.top()));
 }
 
 }  // namespace fewbit
