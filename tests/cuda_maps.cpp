@@ -82,7 +82,7 @@ int main() {
   }
   for (int column = 0; column < 8; ++column)
     for (int i = 0; i < 4; ++i) printf("packed_row %d %d = %d\n", column, i, packed_row(column, i));
-  for (int e = 0; e < 4096; ++e) printf("shared_place %d = %d\n", e, shared_place(e));
+  for (int e = 0; e < 32768; ++e) printf("shared_place %d = %d\n", e, shared_place(e));
   words<2>();
   words<3>();
   words<4>();

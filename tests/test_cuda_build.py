@@ -165,9 +165,21 @@ def test_stream_k_does_every_piece_once_and_adds_parts_in_order(maps):
 
 
 def test_shared_places_are_a_permutation_without_bank_conflicts(maps):
-    place = [maps["shared_place"][e,][0] for e in range(4096)]
-    assert sorted(place) == list(range(4096))
+    place = [maps["shared_place"][e,][0] for e in range(32768)]
+    assert sorted(place) == list(range(32768))
+    assert all(p // 32 == e // 32 for e, p in enumerate(place))
     assert all(p // 4 == place[e - e % 4] // 4 for e, p in enumerate(place))  # 16 bytes together
+
+    def banks(bits, words):  # of numbers that differ in these bits
+        of = [sum(1 << b for i, b in enumerate(bits) if n >> i & 1) for n in range(1 << len(bits))]
+        return [place[e] % 32 // words for e in of]
+
+    for lo in range(3, 13):  # eight lanes with 16 bytes: bits beside the chunks'
+        lanes = [b for b in range(3, 15) if not lo <= b < lo + 3][:3]
+        assert len(set(banks(lanes, 4))) == 8, lo
+    for k in range(5, 13):  # a base's fragments: 32 lanes with 4 bytes, 16 with 8
+        assert len(set(banks([0, 1, 2, k + 1, k + 2], 1))) == 32, k
+        assert len(set(banks([1, 2, k, k + 1], 2))) == 16, k
 
 
 def test_lanes_read_x_from_different_banks(maps):

@@ -2,9 +2,10 @@
 
     pytest -m slow tests/test_stand_in.py
 
-needs nvcc and an environment whose torch is a CUDA build (gigabytes): the one that runs the tests,
-or FEWBIT_CUDA_PYTHON=/path/to/its/python. fewbit is built for it as for a card, with
-stand_in/cudart.cpp in the place of the runtime library; gpu_check.py asks it what it asks a card.
+needs nvcc and an environment with numpy, pytest and a CUDA build of torch (gigabytes): the one that
+runs the tests, or FEWBIT_CUDA_PYTHON=/path/to/its/python. fewbit is built for it as for a card,
+with stand_in/cudart.cpp in the place of the runtime library; gpu_check.py asks it what it asks a
+card.
 """
 
 import json

@@ -36,7 +36,7 @@ template <class X, int bits, int tiles, int level, bool single>
 Choice choose_product(const PackedProduct& a) {
   using S = Shape<X, bits, tiles, level>;
   return {&product<X, bits, tiles, level, single>, work_of(a, S::rows, product_columns, S::slab),
-          product_threads, S::shared_bytes, 4};
+          product_threads, S::shared_bytes, S::long_slabs ? 2 : 4};
 }
 
 template <class X, int bits, int tiles, bool single = false>

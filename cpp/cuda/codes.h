@@ -27,8 +27,7 @@ struct Coder {
   FEWBIT_DEVICE explicit Coder(const Step& g) : Coder(g.s, g.z, 0.0f, g.qmax) {}
   // fitted: to the row at hand, whose largest |v| is then s top but for a rounding of s.
   FEWBIT_DEVICE Coder(const TokenStep& g, const TokenGrid& grid, bool fitted)
-      : Coder(g.s, g.z, grid.least(), grid.top(),
-              !(fitted && grid.symmetric && !(grid.clip > 0.0f))) {}
+      : Coder(g.s, g.z, grid.least(), grid.top(), !fitted || !grid.symmetric || grid.clip > 0.0f) {}
 
   // whole_base + the codes of V numbers.
   //

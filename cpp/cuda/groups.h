@@ -73,11 +73,6 @@ template <int V, class T, class Visit>
 FEWBIT_DEVICE Step quantize_group(const T* w, const Team& t, const Grid& grid, const Visit& visit) {
   float v[held][V];
   float lo = 0.0f, hi = 0.0f;
-  const auto read = [&](int64_t i, float (&to)[V]) {
-    const Vector<T, V> x = load<V>(w + i);
-#pragma unroll
-    for (int j = 0; j < V; ++j) to[j] = to_float(x.v[j]);
-  };
   const auto widen = [&](const float (&by)[V]) {
 #pragma unroll
     for (int j = 0; j < V; ++j) {
@@ -86,15 +81,16 @@ FEWBIT_DEVICE Step quantize_group(const T* w, const Team& t, const Grid& grid, c
     }
   };
   const int first = t.lane * V, stride = t.lanes * V;
+  // All loads are under way before the first is used.
 #pragma unroll
   for (int h = 0; h < held; ++h)
-    if (first + h * stride < t.n) read(first + h * stride, v[h]);
+    if (first + h * stride < t.n) load_floats<V>(w + first + h * stride, v[h]);
 #pragma unroll
   for (int h = 0; h < held; ++h)
     if (first + h * stride < t.n) widen(v[h]);
   t.each<V>(held, [&](int64_t i) {
     float more[V];
-    read(i, more);
+    load_floats<V>(w + i, more);
     widen(more);
   });
   lo = reduce_lanes(lo, t.lanes, Least());
@@ -106,7 +102,7 @@ FEWBIT_DEVICE Step quantize_group(const T* w, const Team& t, const Grid& grid, c
     if (first + h * stride < t.n) visit(first + h * stride, v[h], coder);
   t.each<V>(held, [&](int64_t i) {
     float more[V];
-    read(i, more);
+    load_floats<V>(w + i, more);
     visit(i, more, coder);
   });
   return step;

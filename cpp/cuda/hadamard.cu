@@ -171,9 +171,16 @@ const char* launch(const HadamardRows& a, Place place) {
   HadamardLaunch all{a, 0, 0, {}, 0};
   plan_passes(all);
   int64_t team = ceil_div(a.width, thread_values);  // threads
-  // Rows of at most a warp share a block.
-  for (; a.count == 0 && a.k >= 2 * log_chunk && a.k <= 11 && team < 128; team *= 2) ++all.log_rows;
-  int64_t shared = hadamard_bytes(a.width << all.log_rows, false);
+  // Rows that a warp holds or less share a block of 128 threads, while there are enough of them for
+  // every multiprocessor.
+  const int64_t card = processors(place.device);
+  for (; a.count == 0 && a.k >= 2 * log_chunk && a.k <= 11 && team < 128; team *= 2) {
+    if (a.rows >> all.log_rows <= card) break;
+    ++all.log_rows;
+  }
+  // One pass exchanges nothing.
+  const bool exchanges = a.count > 0 || all.passes > 1;
+  int64_t shared = exchanges ? hadamard_bytes(a.width << all.log_rows, false) : 0;
   int64_t in_place = 1, blocks = ceil_div(a.rows, int64_t(1) << all.log_rows);
   for (int i = a.code_scale ? 0 : 1; i < a.count; ++i)
     in_place = a.bases[i].m > in_place ? a.bases[i].m : in_place;
@@ -183,16 +190,17 @@ const char* launch(const HadamardRows& a, Place place) {
     const int64_t in_all = with_masks + (a.code_scale ? 512 : 0);  // and what reductions take
     if (in_all <= shared_memory(place.device)) {
       all.masks = int(shared / 4);
-      const int64_t fill = 4 * int64_t(processors(place.device));
       shared = with_masks;
-      blocks = blocks < fill ? blocks : fill;
-      in_place = 1;
       team *= 4;  // the base has work for more warps than the rest
     }
   }
   // A base in place needs a thread for each four of its rows.
   const int64_t quads = ceil_div(in_place, 4);
   const unsigned block = threads_for(team < quads ? quads : team, hadamard_threads);
+  if (all.masks != 0) {  // made once a block: as many blocks as registers are for
+    const int64_t fill = card * (hadamard_threads / block);
+    blocks = blocks < fill ? blocks : fill;
+  }
   return with_type(a.dtype, [&](auto* type) {
     using T = element<decltype(type)>;
     const auto run = [&](void (*kernel)(HadamardLaunch)) {

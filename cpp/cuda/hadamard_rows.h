@@ -32,10 +32,11 @@ struct HadamardPass {
   int by[log_chunk];
 };
 
-// Of a block: 2^log_rows rows at a time, as one: where there are several, they are 2^k wide, so
-// bits from k on tell them apart.
+// A block takes 2^log_rows neighbouring rows as one long row. Where that is more than one row, rows
+// are 2^k wide: bits from k on of a value's number say which.
 struct HadamardLaunch {
   static constexpr int most_passes = 4;  // bits 0 to 2 beside the first one's, then 3 each
+  static_assert(Hadamard::max_width == 1 << (most_passes + 1) * log_chunk);
 
   HadamardRows a;
   int log_rows;

@@ -1,6 +1,7 @@
 // Products of one warp on tensor cores, asynchronous copies, and the few other instructions that
-// C++ does not say: all inline PTX of the package but the conversions of numeric.h and the stores
-// of device.h. Everything has a host twin, built on the maps below, for the emulator.
+// C++ does not say: all inline PTX of the package but the conversions of numeric.h, the stores of
+// device.h and the maximum of tokens.h. Everything has a host twin, built on the maps below, for
+// the emulator.
 //
 // Maps: PTX ISA, "Matrix Fragments for mma.m16n8k16 / m16n8k32 / m16n8k64". Element e of a fragment
 // is the e-th from the low end of the lane's registers.
@@ -189,8 +190,8 @@ FEWBIT_DEVICE int32_t add_codes(const uint32_t (&x)[2], int32_t sum) {
   return sum;
 }
 
-// (a & mask) | bits, said as the one instruction that it is: the compiler would take it apart to
-// share what is half of one.
+// (a & mask) | bits, as one instruction: left alone, the compiler shares the `and` among several
+// uses and then needs two.
 FEWBIT_DEVICE uint32_t and_or(uint32_t a, uint32_t mask, uint32_t bits) {
 #if defined(__CUDACC__)
   uint32_t r;
@@ -208,7 +209,7 @@ FEWBIT_DEVICE uint32_t multiply_add_half2(uint32_t a, uint32_t b, uint32_t c) {
   asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(c));
   return r;
 #else
-  Half part[2];  // products and sums of halves are exact in double but for what no half shows
+  Half part[2];  // exact where it is used (product.h)
   for (int i = 0; i < 2; ++i) {
     const auto of = [&](uint32_t v) { return double(to_float(Half{uint16_t(v >> 16 * i)})); };
     from_float(float(of(a) * of(b) + of(c)), &part[i]);

@@ -140,7 +140,8 @@ constexpr uint32_t half_1024 = 0x64006400u;
 FEWBIT_ALWAYS_INLINE uint32_t half_twice(int exponent, int mantissa = 0) {
   return uint32_t((15 + exponent) << 10 | mantissa) * 0x00010001u;
 }
-// Quads of a word that a mask finds where they lie: all of those of 2 and 4 bits.
+// Quads of a word that a mask finds where they lie: all of those of 2 and 4 bits. 1: quad_of_row
+// moves them down.
 template <int bits>
 constexpr int quads_in_word = bits == 2 || bits == 4 ? 8 / bits : 1;
 

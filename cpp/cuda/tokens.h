@@ -9,34 +9,35 @@ constexpr unsigned row_threads = 512;
 
 // What a thread has seen of its row.
 struct Seen {
+  static constexpr float largest = 3.4028235e38f;  // finite
   float most[2] = {0.0f, 0.0f};  // of |v|, and 0; or, where the grid is not symmetric, of -v and v
   bool finite = true;
 
-  FEWBIT_DEVICE void add(float v, float& most) {
+  // From sm_80 on a NaN stays in the maximum; before, it is noted apart.
+  FEWBIT_DEVICE void widen(float& top, float v) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-    asm("max.NaN.f32 %0, %0, %1;" : "+f"(most) : "f"(v));
+    asm("max.NaN.f32 %0, %0, %1;" : "+f"(top) : "f"(v));
 #else
-    most = fmaxf(most, v);
-    finite &= fabsf(v) <= 3.4028235e38f;
+    top = fmaxf(top, v);
+    finite &= fabsf(v) <= largest;
 #endif
   }
   template <int V>
   FEWBIT_DEVICE void add(const float (&v)[V], bool symmetric) {
     if (symmetric) {
 #pragma unroll
-      for (int j = 0; j < V; ++j) add(fabsf(v[j]), most[0]);
+      for (int j = 0; j < V; ++j) widen(most[0], fabsf(v[j]));
     } else {
 #pragma unroll
       for (int j = 0; j < V; ++j) {
         most[0] = fmaxf(most[0], -v[j]);
-        add(v[j], most[1]);
+        widen(most[1], v[j]);
       }
     }
   }
 
   // Of a row that the block has, or so many lanes; they all get the same bits.
   FEWBIT_DEVICE TokenStep step(TokenGrid grid, int lanes = 0) {
-    constexpr float largest = 3.4028235e38f;
     if (!(finite && most[0] <= largest && most[1] <= largest)) most[0] = __builtin_inff();
     if (lanes > 0) {
 #pragma unroll
