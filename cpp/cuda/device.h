@@ -139,11 +139,16 @@ FEWBIT_DEVICE void store(T* p, const Vector<T, V>& v) {
   *reinterpret_cast<Access*>(p) = whole;
 }
 
+// Whether accesses of 16 bytes may begin at p; null is no reason against them.
+__host__ FEWBIT_DEVICE bool at_16(const void* p) {
+  return reinterpret_cast<uintptr_t>(p) % 16 == 0;
+}
+
 // Elements of one 16-byte access where every row and group starts on one; else 1.
 template <class T>
 bool wide(int64_t columns, int64_t group_size, const void* p) {
   constexpr int n = in_access<T>;
-  return columns % n == 0 && group_size % n == 0 && reinterpret_cast<uintptr_t>(p) % 16 == 0;
+  return columns % n == 0 && group_size % n == 0 && at_16(p);
 }
 
 struct Sum {

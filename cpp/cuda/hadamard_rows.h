@@ -136,10 +136,6 @@ struct BlockOfRows {
     in_row = launch.log_rows == 0 ? -1 : width - 1;
   }
 
-  static FEWBIT_DEVICE bool at_16(const void* p) {
-    return reinterpret_cast<uintptr_t>(p) % 16 == 0;
-  }
-
   // The values of the first pass.
   FEWBIT_DEVICE void read(Chunks& v) const {
     const Own own(launch.pass[0]);

@@ -48,7 +48,6 @@ __global__ void __launch_bounds__(row_threads, 1) norm_quantize(NormQuantize a) 
 }
 
 const char* launch(const NormQuantize& a, Place place) {
-  const auto at_16 = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; };
   const bool aligned = at_16(a.x) && at_16(a.weight) && at_16(a.bias);
   return with_type(a.dtype, [&](auto* type) {
     using T = element<decltype(type)>;

@@ -81,7 +81,7 @@ bool serves(const PackedProduct& a, int architecture) {
   if (l.columns == 0 || l.columns % step != 0 || l.group_size % step != 0) return false;
   for (const void* p :
        {a.x, a.scale, static_cast<const void*>(a.packed), static_cast<const void*>(a.zero_point)})
-    if (reinterpret_cast<uintptr_t>(p) % 16 != 0) return false;
+    if (!at_16(p)) return false;
   return a.codes != 0 || on_tensor_cores(a, architecture) || a.m <= few_rows;
 }
 

@@ -29,8 +29,7 @@ __global__ void __launch_bounds__(row_threads, 1) quantize_per_token(QuantizePer
 const char* launch(const QuantizePerToken& a, Place place) {
   return with_type(a.dtype, [&](auto* type) {
     using T = element<decltype(type)>;
-    const bool aligned = reinterpret_cast<uintptr_t>(a.x) % 16 == 0;
-    return with_row<T>(a.columns, aligned, [&](auto v, auto access, auto held) {
+    return with_row<T>(a.columns, at_16(a.x), [&](auto v, auto access, auto held) {
       constexpr int V = decltype(v)::value, A = decltype(access)::value, H = decltype(held)::value;
       return start(&quantize_per_token<T, V, A, H>, dim3(unsigned(a.m)), row_block(a.columns, V), 0,
                    place, a);

@@ -56,8 +56,7 @@ const char* launch(const ScaledError& a, Place place) {
   return with_type(a.dtype, [&](auto* type) {
     using T = element<decltype(type)>;
     const bool whole = wide<T>(a.columns, a.group_size, a.w) &&
-                       wide<T>(a.columns, a.group_size, a.error) &&
-                       reinterpret_cast<uintptr_t>(a.scale) % 16 == 0;
+                       wide<T>(a.columns, a.group_size, a.error) && at_16(a.scale);
     return start_groups<T>(&scaled_error<T, in_access<T>>, &scaled_error<T, 1>, whole, a, place, 1);
   });
 }
